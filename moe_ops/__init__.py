@@ -1,0 +1,22 @@
+"""Expert-parallel MoE inference as five PyTorch ops, ``torch.ops.moe_ep.*``.
+
+Importing this package registers the ops and does nothing else; it needs no GPU, no Triton and no
+process group. ``init_workspace`` sets up what the communication ops of a group use.
+"""
+
+from . import align, combine, dispatch, errors, fused_moe, metadata
+from .workspace import BufferInfo, Workspace, get_workspace, init_workspace
+
+__all__ = [
+    "BufferInfo",
+    "Workspace",
+    "align",
+    "combine",
+    "dispatch",
+    "errors",
+    "fused_moe",
+    "get_workspace",
+    "init_workspace",
+    "metadata",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,55 @@
+"""Who is missing? Names the ranks that did not arrive when a collective on the CPU fails or times out.
+
+A failed collective says that something broke, not who. So every rank that sees a failure signs the
+group's store, waits a moment for the others to do the same, and names those that did not. Nothing
+is sent while all goes well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from .errors import PeerTimeoutError
+
+GRACE_S = 1.0  # added to timeout_s: a rank that failed at once waits for those still inside their wait
+
+
+class Census:
+    """Counts this rank's collectives and turns their failures into ``PeerTimeoutError``."""
+
+    def __init__(self, store: dist.Store, prefix: str, rank: int, world_size: int, timeout_s: float):
+        self.store, self.prefix, self.rank, self.world_size = store, prefix, rank, world_size
+        self.timeout_s = timeout_s
+        self.epoch = 0
+
+    @contextmanager
+    def watch(self, op: str) -> Iterator[None]:
+        """Run one collective; if it raises, raise ``PeerTimeoutError`` naming the ranks that are gone."""
+        started = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            deadline = started + self.timeout_s + GRACE_S
+            raise PeerTimeoutError(op, self.epoch, self._missing(deadline), self.timeout_s) from error
+        self.epoch += 1
+
+    def _missing(self, deadline: float) -> list[int]:
+        """Sign, then wait until ``deadline`` for the signatures of the others."""
+        absent = [rank for rank in range(self.world_size) if rank != self.rank]
+        try:
+            self.store.set_timeout(timedelta(seconds=GRACE_S))
+            self.store.set(self._key(self.rank), "here")
+            while absent and time.monotonic() < deadline:
+                absent = [rank for rank in absent if not self.store.check([self._key(rank)])]
+                time.sleep(0.02)
+        except RuntimeError:  # the store died with the process that served it, by default rank 0
+            return [0] if 0 in absent else absent
+        return absent
+
+    def _key(self, rank: int) -> str:
+        return f"{self.prefix}/failed/{rank}"

@@ -1,0 +1,175 @@
+"""Which transport a group uses, and why; and every private torch API that symmetric memory needs.
+
+``multicast`` (NVSwitch stores and reductions) -> ``p2p`` (peer pointers) -> ``nccl`` (any cluster) ->
+``gloo`` (CPU) -> ``local`` (one rank). ``auto`` takes the first that all ranks support. The emulator's two
+transports run the GPU kernels on CPUs and are only taken when asked for by name.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from .errors import ArgumentError, TransportError, WorkspaceError
+from .symmetric import SymmetricBuffer
+
+KERNEL_TRANSPORTS = ("multicast", "p2p", "emulator", "emulator-multicast")
+TRANSPORTS = ("auto", *KERNEL_TRANSPORTS, "nccl", "gloo", "local")
+PROBE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What one rank tells the others before a transport is chosen."""
+
+    host: str
+    device_type: str
+    symmetric: bool
+    multicast: bool
+    backend: str
+
+
+@dataclass(frozen=True)
+class TransportChoice:
+    """The transport in use, and the sentence that says why."""
+
+    name: str
+    reason: str
+
+
+def group_device(group: dist.ProcessGroup) -> torch.device:
+    """The device a group's ops run on: CUDA where its backend serves CUDA, else the CPU."""
+    types = {device.type for device in group._device_types}
+    return torch.device("cuda", torch.cuda.current_device()) if "cuda" in types else torch.device("cpu")
+
+
+def resolve_group(name: str) -> dist.ProcessGroup | None:
+    """The process group of that name, or None."""
+    try:
+        return c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+    except (RuntimeError, LookupError, ValueError):
+        return None
+
+
+def group_store(group: dist.ProcessGroup) -> dist.Store:
+    """The key-value store that the group's ranks met at."""
+    return c10d._get_process_group_store(group)
+
+
+def exchange(store: dist.Store, key: str, rank: int, world_size: int, value: object, timeout_s: float) -> list:
+    """``value`` (JSON) of every rank, in rank order. A collective over the store, so it needs no backend."""
+    store.set(f"{key}/{rank}", json.dumps(value))
+    result = []
+    for peer in range(world_size):
+        try:
+            store.wait([f"{key}/{peer}"], timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise WorkspaceError(
+                f"init_workspace: rank {peer} of {world_size} did not call it within {timeout_s:g} s; "
+                "call it on every rank of the group, in the same order."
+            ) from error
+        result.append(json.loads(store.get(f"{key}/{peer}")))
+    return result
+
+
+def local_facts(group: dist.ProcessGroup, device: torch.device) -> RankFacts:
+    """What this rank can do."""
+    cuda = device.type == "cuda"
+    symmetric = cuda and symmetric_memory_available()
+    return RankFacts(
+        host=socket.gethostname(),
+        device_type=device.type,
+        symmetric=symmetric,
+        multicast=symmetric and multicast_supported(device),
+        backend=str(dist.get_backend(group)),
+    )
+
+
+def candidates(requested: str, facts: list[RankFacts]) -> list[TransportChoice]:
+    """The transports to try, best first, each with the reason it would be chosen for."""
+    _check_request(requested, facts)
+    if len(facts) == 1:
+        return [TransportChoice("local", "the group has one rank")]
+    if requested != "auto":
+        return [TransportChoice(requested, "asked for")]
+    if facts[0].device_type == "cpu":
+        return [TransportChoice("gloo", "the group's tensors are on the CPU")]
+    nccl = TransportChoice("nccl", _why_not_symmetric(facts))
+    if not all(fact.symmetric for fact in facts) or len({fact.host for fact in facts}) > 1:
+        return [nccl]
+    p2p = TransportChoice("p2p", "all ranks on one node; no NVLink multicast")
+    multicast = TransportChoice("multicast", "all ranks on one node; NVLink multicast passed its check")
+    return ([multicast] if all(fact.multicast for fact in facts) else []) + [p2p, nccl]
+
+
+def symmetric_memory_available() -> bool:
+    """Whether torch was built with symmetric memory for CUDA."""
+    try:
+        import torch.distributed._symmetric_memory  # noqa: F401
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def multicast_supported(device: torch.device) -> bool:
+    """Whether torch offers NVLink multicast on this device (it obeys TORCH_SYMM_MEM_DISABLE_MULTICAST)."""
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    return bool(_SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index or 0))
+
+
+def allocate_symmetric(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> SymmetricBuffer:
+    """``nbytes`` of zeroed symmetric memory on every rank of ``group``; collective."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    try:
+        local = symm_mem.empty(nbytes, dtype=torch.uint8, device=device)
+        handle = symm_mem.rendezvous(local, group)
+    except RuntimeError as error:
+        raise TransportError(
+            f"symmetric memory cannot be set up between the ranks of this group ({error}); "
+            "pass transport='nccl', or put the ranks on one node whose GPUs reach each other."
+        ) from error
+    local.zero_()
+    peers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64).to(device)
+    torch.cuda.synchronize(device)
+    return SymmetricBuffer(local=local, peer_ptrs=peers, multicast_ptr=int(handle.multicast_ptr or 0))
+
+
+def facts_payload(facts: RankFacts) -> dict:
+    """``facts`` as JSON sends them."""
+    return asdict(facts)
+
+
+def _check_request(requested: str, facts: list[RankFacts]) -> None:
+    if requested not in TRANSPORTS:
+        raise ArgumentError(f"init_workspace: unknown transport {requested!r}; pass one of {', '.join(TRANSPORTS)}.")
+    device = facts[0].device_type
+    needs = {"p2p": "cuda", "multicast": "cuda", "nccl": "cuda", "gloo": "cpu"}
+    needs |= {"emulator": "cpu", "emulator-multicast": "cpu"}
+    if requested in needs and needs[requested] != device:
+        raise TransportError(
+            f"init_workspace: transport {requested!r} serves {needs[requested]} tensors, but this group's are on "
+            f"{device}; pass transport='auto'."
+        )
+    if requested == "multicast" and not all(fact.multicast for fact in facts):
+        raise TransportError("init_workspace: NVLink multicast is not available on every rank; pass transport='auto'.")
+    if requested == "local" and len(facts) > 1:
+        raise TransportError(f"init_workspace: transport 'local' is for one rank, the group has {len(facts)}.")
+
+
+def _why_not_symmetric(facts: list[RankFacts]) -> str:
+    hosts = len({fact.host for fact in facts})
+    if hosts > 1:
+        return f"the group spans {hosts} hosts"
+    without = [str(rank) for rank, fact in enumerate(facts) if not fact.symmetric]
+    if without:
+        return f"no symmetric memory on rank(s) {', '.join(without)}"
+    return "symmetric memory failed its check"

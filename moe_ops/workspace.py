@@ -1,0 +1,344 @@
+"""What the communication ops of one group use: its transport, its buffers, its errors.
+
+``init_workspace`` is collective and cheap: it chooses the transport. Memory is allocated by the first
+op (or by ``Workspace.allocate``). A group of one rank needs no workspace.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from . import transports
+from .census import Census
+from .errors import ArgumentError, CapacityError, DeviceError, ShapeError, TransportError, WorkspaceError
+from .shapes import CPU_HIDDEN_DTYPES, HALF_DTYPES
+from .symmetric import Channel, Layout, make_channel
+
+log = logging.getLogger("moe_ep")
+
+DEFAULT_TIMEOUT_S = 120.0  # ranks may compile for a minute while the others wait
+LOCAL_GROUPS = ("", "local")  # names that mean "this process alone"
+
+
+class BufferInfo(NamedTuple):
+    """One region of a workspace's symmetric memory."""
+
+    name: str
+    nbytes: int
+    allocated: bool
+
+
+@dataclass(frozen=True)
+class WorkspaceConfig:
+    """The values that every rank of a group must agree on."""
+
+    max_tokens_per_rank: int
+    hidden_size: int
+    top_k: int
+    dtype: torch.dtype
+    transport: str
+    timeout_s: float
+
+    def payload(self) -> dict:
+        """As JSON sends it."""
+        return asdict(self) | {"dtype": str(self.dtype)}
+
+
+class Workspace:
+    """The communication state of one group on one rank. Make it with ``init_workspace``."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        group_name: str,
+        config: WorkspaceConfig,
+        choice: transports.TransportChoice,
+        device: torch.device,
+    ):
+        self.group, self.group_name, self.config, self.device = group, group_name, config, device
+        self.rank = group.rank() if group is not None else 0
+        self.world_size = group.size() if group is not None else 1
+        self.transport, self.transport_reason = choice.name, choice.reason
+        self.timeout = timedelta(seconds=config.timeout_s)
+        self.closed = False
+        self._channel: Channel | None = None
+
+    @property
+    def channel(self) -> Channel | None:
+        """What the Triton launchers need; None for the transports that use collectives."""
+        if self.transport not in transports.KERNEL_TRANSPORTS:
+            return None
+        if self._channel is None:
+            self.allocate()
+        return self._channel
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where each region lies in the symmetric allocation."""
+        config = self.config
+        return Layout(self.world_size, config.max_tokens_per_rank, config.hidden_size, config.top_k, config.dtype)
+
+    @cached_property
+    def census(self) -> Census:
+        """Names missing ranks when a collective on the CPU fails."""
+        assert self.group is not None
+        store = transports.group_store(self.group)
+        return Census(store, f"moe_ep/{self.group_name}", self.rank, self.world_size, self.config.timeout_s)
+
+    def allocate(self) -> None:
+        """Allocate the symmetric memory now (collective); without it, the first op does."""
+        if self._channel is not None or self.transport not in transports.KERNEL_TRANSPORTS:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise WorkspaceError("the workspace is not allocated; call workspace.allocate() before graph capture.")
+        self._channel = self._make_channel(self.layout)
+
+    def memory(self) -> list[BufferInfo]:
+        """Symmetric memory by region, in bytes, also before it is allocated."""
+        if self.transport not in transports.KERNEL_TRANSPORTS:
+            return []
+        allocated = self._channel is not None
+        return [BufferInfo(name, nbytes, allocated) for name, nbytes in self.layout.regions()]
+
+    def check(self) -> None:
+        """Raise what a kernel recorded: ``PeerTimeoutError`` or ``CapacityError``. Does not wait for the GPU."""
+        if self._channel is not None:
+            self._channel.raise_recorded(self.config.timeout_s)
+
+    def check_call(self, op: str, *, rows: int, hidden_size: int, top_k: int | None, device: torch.device) -> None:
+        """Raise unless a call's sizes are those the workspace was set up for."""
+        if device.type != self.device.type:
+            raise DeviceError(
+                f"{op}: tensors on {device}, but group {self.group_name!r} serves {self.device.type}; move them."
+            )
+        if self.world_size == 1:
+            return
+        config = self.config
+        if rows > config.max_tokens_per_rank:
+            raise CapacityError(
+                f"{op}: {rows} rows exceed max_tokens_per_rank={config.max_tokens_per_rank}; "
+                "call init_workspace with a larger max_tokens_per_rank."
+            )
+        for name, got, want in (("H", hidden_size, config.hidden_size), ("K", top_k, config.top_k)):
+            if got is not None and got != want:
+                raise ShapeError(f"{op}: {name} = {got}, but the workspace was set up for {name} = {want}.")
+
+    def reset(self, group: dist.ProcessGroup | None = None) -> Workspace:
+        """Go on after an error; collective over ``group`` (the survivors' new group; by default the same one).
+
+        Returns the workspace to use from now on: this one, cleared, or a new one under the new group's name.
+        """
+        if group is not None and group is not self.group:
+            self.close()
+            return init_workspace(group, **_as_kwargs(self.config))
+        self._release()
+        assert self.group is not None, "a local workspace has nothing to reset"
+        _agree(self.group, "reset", self.config.timeout_s)
+        return self
+
+    def close(self) -> None:
+        """Free the memory and forget the group; free CUDA graphs that hold these ops first. Safe to repeat."""
+        if not self.closed:
+            self._release()
+            self.closed = True
+            _WORKSPACES.pop(self.group_name, None)
+
+    def _release(self) -> None:
+        if self.device.type == "cuda" and self._channel is not None:
+            torch.cuda.synchronize(self.device)
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
+
+    def _make_channel(self, layout: Layout) -> Channel:
+        assert self.group is not None
+        if self.transport.startswith("emulator"):
+            from .emulator import make_buffer
+
+            buffer = make_buffer(self.group, layout.nbytes)
+        else:
+            buffer = transports.allocate_symmetric(self.group, layout.nbytes, self.device)
+        return make_channel(
+            rank=self.rank,
+            layout=layout,
+            buffer=buffer,
+            timeout_s=self.config.timeout_s,
+            multicast=self.transport.endswith("multicast"),
+        )
+
+
+_WORKSPACES: dict[str, Workspace] = {}
+
+
+def init_workspace(
+    group: dist.ProcessGroup | str | None,
+    *,
+    max_tokens_per_rank: int,
+    hidden_size: int,
+    top_k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    transport: str = "auto",
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Workspace:
+    """Set up what the communication ops of ``group`` use; collective over the group.
+
+    ``max_tokens_per_rank``: rows a rank may pass (its T at most); ``hidden_size`` H; ``top_k`` K; ``dtype`` of
+    the hidden states; ``transport``: see ``moe_ops.transports``; ``timeout_s``: seconds that any wait for a peer
+    may take. ``group``: a process group, its name, or None for the default group.
+    Called again with the same values it returns the same workspace, with others it raises ``WorkspaceError``.
+    """
+    config = WorkspaceConfig(max_tokens_per_rank, hidden_size, top_k, dtype, transport, float(timeout_s))
+    process_group = _as_group(group)
+    name = process_group.group_name
+    existing = _WORKSPACES.get(name)
+    if existing is not None:
+        if existing.config != config:
+            raise WorkspaceError(
+                f"group {name!r} already has a workspace with {_differences(existing.config, config)}; "
+                "close() it first, or pass the same values."
+            )
+        return existing
+    device = transports.group_device(process_group)
+    _check_config(config, device)
+    facts = [transports.RankFacts(**fact) for fact in _meet(process_group, config, device)]
+    workspace = _first_that_works(process_group, config, transports.candidates(transport, facts), device)
+    _WORKSPACES[name] = workspace
+    log.info("moe_ep group %s: transport %s (%s)", name, workspace.transport, workspace.transport_reason)
+    return workspace
+
+
+def get_workspace(group_name: str) -> Workspace | None:
+    """The workspace of that group, or None."""
+    return _WORKSPACES.get(group_name)
+
+
+def resolve(group_name: str, op: str) -> Workspace:
+    """The workspace that an op uses; a group of one rank needs none and gets a local one."""
+    workspace = _WORKSPACES.get(group_name)
+    if workspace is not None:
+        return workspace
+    if group_name in LOCAL_GROUPS:
+        return _local_workspace(group_name)
+    group = transports.resolve_group(group_name)
+    if group is not None and group.size() == 1:
+        return _local_workspace(group_name)
+    known = f"group {group_name!r} has" if group is not None else f"no process group is named {group_name!r}; it has"
+    raise WorkspaceError(
+        f"{op}: {known} no workspace; call moe_ops.init_workspace(group, ...) on every rank first "
+        "(a single process passes group_name='local')."
+    )
+
+
+class _LocalWorkspace(Workspace):
+    """One rank, any device, any size."""
+
+    def check_call(self, op: str, *, rows: int, hidden_size: int, top_k: int | None, device: torch.device) -> None:
+        """Nothing was set up, so nothing can disagree."""
+
+
+def _local_workspace(group_name: str) -> Workspace:
+    config = WorkspaceConfig(0, 0, 0, torch.bfloat16, "local", DEFAULT_TIMEOUT_S)
+    choice = transports.TransportChoice("local", "one rank")
+    return _LocalWorkspace(None, group_name, config, choice, torch.device("cpu"))
+
+
+def _as_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup:
+    if not dist.is_initialized():
+        raise WorkspaceError(
+            "init_workspace: torch.distributed is not initialized; call torch.distributed.init_process_group first. "
+            "One process alone needs no workspace: pass group_name='local' to the ops."
+        )
+    if isinstance(group, str):
+        resolved = transports.resolve_group(group)
+        if resolved is None:
+            raise WorkspaceError(f"init_workspace: no process group is named {group!r}; pass the group itself.")
+        return resolved
+    if group is None:
+        group = dist.group.WORLD
+    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise WorkspaceError("init_workspace: this rank is not in the group; call it on the group's ranks only.")
+    return group
+
+
+def _check_config(config: WorkspaceConfig, device: torch.device) -> None:
+    for name in ("max_tokens_per_rank", "hidden_size", "top_k"):
+        if getattr(config, name) < 1:
+            raise ArgumentError(f"init_workspace: {name} = {getattr(config, name)}; pass at least 1.")
+    if config.timeout_s <= 0:
+        raise ArgumentError(f"init_workspace: timeout_s = {config.timeout_s}; pass a positive number of seconds.")
+    allowed = HALF_DTYPES if device.type == "cuda" else CPU_HIDDEN_DTYPES
+    if config.dtype not in allowed:
+        raise ArgumentError(f"init_workspace: dtype = {config.dtype} on {device.type}; pass one of {allowed}.")
+
+
+def _meet(group: dist.ProcessGroup, config: WorkspaceConfig, device: torch.device) -> Iterable[dict]:
+    """Every rank's facts, after all agreed on the configuration."""
+    mine = {"config": config.payload(), "facts": transports.facts_payload(transports.local_facts(group, device))}
+    others = _agree(group, "init", config.timeout_s, mine)
+    for rank, other in enumerate(others):
+        if other["config"] != mine["config"]:
+            raise WorkspaceError(
+                f"init_workspace: rank {group.rank()} passed {mine['config']}, rank {rank} passed {other['config']}; "
+                "pass the same values on every rank."
+            )
+    return [other["facts"] for other in others]
+
+
+def _agree(group: dist.ProcessGroup, what: str, timeout_s: float, value: object = None) -> list:
+    key = f"moe_ep/{what}/{group.group_name}/{_next_round(group)}"
+    return transports.exchange(transports.group_store(group), key, group.rank(), group.size(), value, timeout_s)
+
+
+_rounds: dict[str, int] = {}
+
+
+def _next_round(group: dist.ProcessGroup) -> int:
+    """Number of this meeting, the same on every rank because meetings are collective."""
+    _rounds[group.group_name] = _rounds.get(group.group_name, -1) + 1
+    return _rounds[group.group_name]
+
+
+def _first_that_works(
+    group: dist.ProcessGroup,
+    config: WorkspaceConfig,
+    choices: list[transports.TransportChoice],
+    device: torch.device,
+) -> Workspace:
+    """The first choice whose check passes on every rank."""
+    failures: list[str] = []
+    for choice in choices:
+        reason = "; ".join([choice.reason, *failures])
+        workspace = Workspace(group, group.group_name, config, transports.TransportChoice(choice.name, reason), device)
+        if choice.name in ("nccl", "gloo", "local"):
+            return workspace
+        problem = next((p for p in _agree(group, "check", config.timeout_s, _probe(workspace)) if p), None)
+        if problem is None:
+            return workspace
+        failures.append(f"{choice.name} failed its check: {problem}")
+    raise TransportError(f"init_workspace: {'; '.join(failures)}.")
+
+
+def _probe(workspace: Workspace) -> str | None:
+    """Try the transport on a small buffer; None if it works, else what went wrong."""
+    if workspace.transport.startswith("emulator"):
+        return None
+    from .selfcheck import probe_transport
+
+    return probe_transport(workspace)
+
+
+def _differences(old: WorkspaceConfig, new: WorkspaceConfig) -> str:
+    changed = [f"{k}={v!r} (now {getattr(new, k)!r})" for k, v in vars(old).items() if getattr(new, k) != v]
+    return ", ".join(changed)
+
+
+def _as_kwargs(config: WorkspaceConfig) -> dict:
+    return dict(vars(config))
