@@ -1,0 +1,36 @@
+"""Hugging Face MoE models on ``moe_ops``: experts implementation, sharded loading, decode loop, command line.
+
+``import graphs`` registers the experts implementation ``"moe_ep"`` with transformers, so that
+``model.set_experts_implementation("moe_ep")`` works. Without transformers the import succeeds and only
+what needs it raises ``TransformersVersionError``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+from . import errors
+
+if TYPE_CHECKING:
+    from .decode import DecodeLoop
+    from .loading import from_pretrained
+    from .sharding import expert_parallel_state, shard_experts
+
+_PUBLIC = {
+    "DecodeLoop": "decode",
+    "expert_parallel_state": "sharding",
+    "from_pretrained": "loading",
+    "shard_experts": "sharding",
+}
+__all__ = ["DecodeLoop", "errors", "expert_parallel_state", "from_pretrained", "shard_experts"]
+
+if importlib.util.find_spec("transformers") is not None:
+    from . import experts  # noqa: F401  registers "moe_ep"
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'graphs' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -1,0 +1,254 @@
+"""Everything that depends on a transformers version, 5.17 to 5.23: the one file to touch when it moves."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .errors import TransformersVersionError, UnsupportedModelError
+
+MIN_VERSION = (5, 17)
+
+
+def check_version(found: str | None) -> None:
+    """Raise ``TransformersVersionError`` unless ``found`` is a version that has the experts interface."""
+    wanted = ".".join(map(str, MIN_VERSION))
+    hint = f"install it with: pip install 'transformers>={wanted}' safetensors"
+    if found is None:
+        raise TransformersVersionError(f"transformers is not installed; {hint}.")
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < MIN_VERSION:
+        raise TransformersVersionError(f"transformers {found} is older than {wanted}; {hint}.")
+
+
+def installed_version() -> str | None:
+    """Version of the transformers that ``import`` finds, None if there is none."""
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        return None
+    return getattr(transformers, "__version__", None) or _metadata_version()
+
+
+def _metadata_version() -> str | None:
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return None
+
+
+check_version(installed_version())
+
+import transformers  # noqa: E402
+from transformers import activations, cache_utils, conversion_mapping, core_model_loading  # noqa: E402
+from transformers.integrations import moe as hf_moe  # noqa: E402
+
+DEFAULT_APPLY_GATE = hf_moe._default_apply_gate
+
+# Activation of the default gate -> its name in fused_moe. Matched by identity: a subclass may compute anything.
+_ACTIVATIONS: tuple[tuple[object, str], ...] = (
+    (activations.SiLUActivation, "silu"),
+    (nn.SiLU, "silu"),
+    (nn.functional.silu, "silu"),
+    (activations.GELUActivation, "gelu"),
+    (activations.GELUTanh, "gelu_tanh"),
+    (activations.ReLUSquaredActivation, "relu2"),
+)
+
+# Why the experts of these are out of reach; transformers accepts the setting for them and ignores it.
+_OUTSIDE_REASONS = {
+    "llama4": "its experts run as one dense batched product over all experts",
+    "longcat_flash": "its experts are a list of separate modules with identity experts among them",
+    "jetmoe": "its experts split tokens with sizes read on the host",
+    "doge": "its experts are retrieved from product keys",
+}
+
+
+def register_experts(name: str, function: Callable) -> None:
+    """Make ``function(module, hidden_states, top_k_index, top_k_weights)`` an experts implementation."""
+    hf_moe.ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def activation_name(act_fn: object) -> str | None:
+    """Name in ``fused_moe`` of an activation, None if it has none. Traced by ``torch.compile``."""
+    for known, name in _ACTIVATIONS:
+        if act_fn is known or type(act_fn) is known:
+            return name
+    return None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """True for a module whose forward goes through transformers' experts interface."""
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts", "down_proj")
+    return all(hasattr(module, flag) for flag in flags) and hasattr(type(module).forward, "__wrapped__")
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules of a model by name, in the order of its layers; raises ``UnsupportedModelError`` if none."""
+    found = {name: module for name, module in model.named_modules() if is_experts(module)}
+    if not found:
+        kind = getattr(getattr(model, "config", None), "model_type", "?")
+        reason = _OUTSIDE_REASONS.get(kind, "none of its modules uses transformers' experts interface")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model type {kind!r}) is not supported by 'moe_ep': {reason}. "
+            "Setting the implementation on it has no effect; run it with transformers alone."
+        )
+    return found
+
+
+def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of an experts module whose first dimension is the experts."""
+    return {n: p for n, p in module.named_parameters(recurse=False) if p.dim() and p.shape[0] == module.num_experts}
+
+
+def expert_parameters_local(module: nn.Module) -> dict[str, nn.Parameter]:
+    """As ``expert_parameters``, on a module that may hold one rank's share only."""
+    stored = module.down_proj.shape[0]
+    return {n: p for n, p in module.named_parameters(recurse=False) if p.dim() and p.shape[0] == stored}
+
+
+def refuse_quantized(config: Any) -> None:
+    """Raise ``UnsupportedModelError`` for a checkpoint or model with quantized weights (FP8, MXFP4, ...)."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    get = quantization.get if isinstance(quantization, dict) else lambda key: getattr(quantization, key, None)
+    method = getattr(get("quant_method"), "value", get("quant_method"))
+    raise UnsupportedModelError(
+        f"the weights are quantized ({method}); 'moe_ep' takes bf16, fp16 or (on the CPU) fp32 experts. "
+        "Save a dequantized copy with transformers first: from_pretrained(path, dtype='bfloat16', "
+        "quantization_config=<its config class>(dequantize=True)).save_pretrained(new_path)."
+    )
+
+
+def top_k(config: Any) -> int:
+    """Experts per token (K) from a model's configuration."""
+    text = config.get_text_config()
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts"):
+        value = getattr(text, name, None)
+        if isinstance(value, int):
+            return value
+        if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+            return int(value[0])
+    raise UnsupportedModelError(
+        f"{type(text).__name__} does not tell how many experts a token goes to; pass top_k=... explicitly."
+    )
+
+
+def full_length_cache(config: Any, max_len: int) -> Any:
+    """A ``StaticCache`` whose sliding-window layers hold ``max_len`` tokens like the others.
+
+    A sliding layer keeps its fill level as a Python int: an integer graph input that changes every step.
+    The attention mask still limits the window.
+    """
+    cache = transformers.StaticCache(config=config, max_cache_len=max_len)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, cache_utils.StaticSlidingWindowLayer):
+            if type(layer) is not cache_utils.StaticSlidingWindowLayer:
+                raise UnsupportedModelError(f"cache layers of type {type(layer).__name__} are not supported.")
+            cache.layers[index] = cache_utils.StaticLayer(max_cache_len=max_len)
+    return cache
+
+
+def prefill_kwargs(model: nn.Module) -> dict[str, Any]:
+    """Arguments that make a forward return the logits of the last position only, where the model can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def causal_lm_class(config: Any) -> type:
+    """The text generation class of a configuration."""
+    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
+    mapped = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    for candidate in (*named, mapped):
+        if isinstance(candidate, type) and hasattr(candidate, "generate"):
+            return candidate
+    raise UnsupportedModelError(
+        f"no text generation class for model type {config.model_type!r} in transformers "
+        f"{transformers.__version__}; upgrade transformers, or build the model yourself and call shard_experts."
+    )
+
+
+class ExpertKey(NamedTuple):
+    """Where a checkpoint tensor goes: ``parameter`` of the model, and which ``expert`` of it (None: all)."""
+
+    parameter: str
+    expert: int | None
+
+
+class KeyMap:
+    """Finds which tensors of a checkpoint hold experts, with transformers' own conversion rules."""
+
+    def __init__(self, meta_model: nn.Module):
+        rules = conversion_mapping.get_model_conversion_mapping(meta_model)
+        self._prefix = meta_model.base_model_prefix
+        self._state_dict = meta_model.state_dict()
+        self._renamings = [r for r in rules if isinstance(r, core_model_loading.WeightRenaming)]
+        self._converters = [r for r in rules if isinstance(r, core_model_loading.WeightConverter)]
+        self._by_source = {source: c for c in self._converters for source in c.source_patterns}
+
+    def locate(self, key: str) -> ExpertKey:
+        """The parameter that ``key`` feeds, and its expert if the checkpoint stores experts one by one."""
+        parameter, source = self._rename(key, self._converters)
+        if source is None or not self._merges(source):
+            return ExpertKey(parameter, None)
+        renamed, _ = self._rename(key, [])
+        pattern = re.escape(source).replace(r"\*", r"(\d+)").replace(r"\^", "^").replace(r"\$", "$")
+        match = re.search(pattern, renamed) or re.search(r"experts\.(\d+)\.", renamed)
+        return ExpertKey(parameter, int(match.group(1)) if match and match.groups() else None)
+
+    def _rename(self, key: str, converters: list) -> tuple[str, str | None]:
+        return core_model_loading.rename_source_key(
+            key, self._renamings, converters, self._prefix, self._state_dict
+        )
+
+    def _merges(self, source: str) -> bool:
+        merge = core_model_loading.MergeModulelist
+        return any(isinstance(op, merge) for op in self._by_source[source].operations)
+
+
+def load_with_state_dict(cls: type, config: Any, state_dict: dict[str, Any], **kwargs: Any) -> tuple[Any, dict]:
+    """``cls.from_pretrained`` on tensors that are read when they are needed; returns model and loading info."""
+    return cls.from_pretrained(None, config=config, state_dict=state_dict, output_loading_info=True, **kwargs)
+
+
+def set_generation_config(model: Any, folder: Any) -> None:
+    """Read ``generation_config.json``, which a load from a state dict leaves out."""
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+
+
+def device_kwargs(device: torch.device) -> dict[str, Any]:
+    """How to ask ``from_pretrained`` for a device; without accelerate the model is moved afterwards."""
+    if device.type == "cpu" or not transformers.utils.is_accelerate_available():
+        return {}
+    return {"device_map": {"": device}}
+
+
+@contextmanager
+def quiet(silence: bool = True) -> Iterator[None]:
+    """No progress bars and no loading reports while weights are read."""
+    if not silence:
+        yield
+        return
+    logging, was_on = transformers.utils.logging, transformers.utils.logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def missing_weights(info: dict[str, Iterable]) -> list[str]:
+    """What a load left without a value from the checkpoint, as text."""
+    kinds = ("missing_keys", "mismatched_keys", "conversion_errors", "error_msgs")
+    return [f"{kind}: {item}" for kind in kinds for item in info.get(kind) or ()]
