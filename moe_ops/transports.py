@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from .errors import ArgumentError, TransportError, WorkspaceError
+from .errors import ArgumentError, PeerTimeoutError, TransportError
 from .symmetric import SymmetricBuffer
 
 KERNEL_TRANSPORTS = ("multicast", "p2p", "emulator", "emulator-multicast")
@@ -62,20 +63,24 @@ def group_store(group: dist.ProcessGroup) -> dist.Store:
     return c10d._get_process_group_store(group)
 
 
-def exchange(store: dist.Store, key: str, rank: int, world_size: int, value: object, timeout_s: float) -> list:
-    """``value`` (JSON) of every rank, in rank order. A collective over the store, so it needs no backend."""
+def exchange(
+    store: dist.Store, what: str, key: str, rank: int, world_size: int, value: object, timeout_s: float
+) -> list:
+    """``value`` (JSON) of every rank, in rank order; raises ``PeerTimeoutError`` naming who did not come.
+
+    A collective over the store, so it needs no backend and no working group.
+    """
     store.set(f"{key}/{rank}", json.dumps(value))
-    result = []
+    deadline = time.monotonic() + timeout_s
+    missing = []
     for peer in range(world_size):
         try:
-            store.wait([f"{key}/{peer}"], timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            raise WorkspaceError(
-                f"init_workspace: rank {peer} of {world_size} did not call it within {timeout_s:g} s; "
-                "call it on every rank of the group, in the same order."
-            ) from error
-        result.append(json.loads(store.get(f"{key}/{peer}")))
-    return result
+            store.wait([f"{key}/{peer}"], timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
+        except RuntimeError:
+            missing.append(peer)
+    if missing:
+        raise PeerTimeoutError(what, 0, missing, timeout_s)
+    return [json.loads(store.get(f"{key}/{peer}")) for peer in range(world_size)]
 
 
 def local_facts(group: dist.ProcessGroup, device: torch.device) -> RankFacts:

@@ -18,9 +18,18 @@ import torch.distributed as dist
 
 from . import transports
 from .census import Census
-from .errors import ArgumentError, CapacityError, DeviceError, ShapeError, TransportError, WorkspaceError
+from .errors import (
+    ArgumentError,
+    CapacityError,
+    DeviceError,
+    MoeEpError,
+    PeerTimeoutError,
+    ShapeError,
+    TransportError,
+    WorkspaceError,
+)
 from .shapes import CPU_HIDDEN_DTYPES, HALF_DTYPES
-from .symmetric import Channel, Layout, make_channel
+from .symmetric import Channel, Failure, Layout, make_channel, read_record
 
 log = logging.getLogger("moe_ep")
 
@@ -84,13 +93,13 @@ class Workspace:
     def layout(self) -> Layout:
         """Where each region lies in the symmetric allocation."""
         config = self.config
-        return Layout(self.world_size, config.max_tokens_per_rank, config.hidden_size, config.top_k, config.dtype)
+        itemsize = config.dtype.itemsize
+        return Layout(self.world_size, config.max_tokens_per_rank, config.hidden_size, config.top_k, itemsize)
 
     @cached_property
     def census(self) -> Census:
         """Names missing ranks when a collective on the CPU fails."""
-        assert self.group is not None
-        store = transports.group_store(self.group)
+        store = transports.group_store(self._group())
         return Census(store, f"moe_ep/{self.group_name}", self.rank, self.world_size, self.config.timeout_s)
 
     def allocate(self) -> None:
@@ -99,19 +108,21 @@ class Workspace:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise WorkspaceError("the workspace is not allocated; call workspace.allocate() before graph capture.")
-        self._channel = self._make_channel(self.layout)
+        self._channel = self._make_channel()
+        _agree(self._group(), f"allocate/{self.group_name}", self.config.timeout_s)
 
     def memory(self) -> list[BufferInfo]:
         """Symmetric memory by region, in bytes, also before it is allocated."""
         if self.transport not in transports.KERNEL_TRANSPORTS:
             return []
         allocated = self._channel is not None
-        return [BufferInfo(name, nbytes, allocated) for name, nbytes in self.layout.regions()]
+        return [BufferInfo(name, nbytes, allocated) for name, (_, nbytes) in self.layout.regions().items()]
 
     def check(self) -> None:
         """Raise what a kernel recorded: ``PeerTimeoutError`` or ``CapacityError``. Does not wait for the GPU."""
-        if self._channel is not None:
-            self._channel.raise_recorded(self.config.timeout_s)
+        failure = read_record(self._channel.record) if self._channel is not None else None
+        if failure is not None:
+            raise _error_of(failure, self.config.timeout_s)
 
     def check_call(self, op: str, *, rows: int, hidden_size: int, top_k: int | None, device: torch.device) -> None:
         """Raise unless a call's sizes are those the workspace was set up for."""
@@ -140,8 +151,7 @@ class Workspace:
             self.close()
             return init_workspace(group, **_as_kwargs(self.config))
         self._release()
-        assert self.group is not None, "a local workspace has nothing to reset"
-        _agree(self.group, "reset", self.config.timeout_s)
+        _agree(self._group(), f"reset/{self.group_name}", self.config.timeout_s)
         return self
 
     def close(self) -> None:
@@ -154,18 +164,20 @@ class Workspace:
     def _release(self) -> None:
         if self.device.type == "cuda" and self._channel is not None:
             torch.cuda.synchronize(self.device)
-        if self._channel is not None:
-            self._channel.close()
         self._channel = None
 
-    def _make_channel(self, layout: Layout) -> Channel:
-        assert self.group is not None
+    def _group(self) -> dist.ProcessGroup:
+        assert self.group is not None, "a local workspace has no group"
+        return self.group
+
+    def _make_channel(self) -> Channel:
+        layout = self.layout
         if self.transport.startswith("emulator"):
             from .emulator import make_buffer
 
-            buffer = make_buffer(self.group, layout.nbytes)
+            buffer = make_buffer(self._group(), layout.nbytes)
         else:
-            buffer = transports.allocate_symmetric(self.group, layout.nbytes, self.device)
+            buffer = transports.allocate_symmetric(self._group(), layout.nbytes, self.device)
         return make_channel(
             rank=self.rank,
             layout=layout,
@@ -294,7 +306,8 @@ def _meet(group: dist.ProcessGroup, config: WorkspaceConfig, device: torch.devic
 
 def _agree(group: dist.ProcessGroup, what: str, timeout_s: float, value: object = None) -> list:
     key = f"moe_ep/{what}/{group.group_name}/{_next_round(group)}"
-    return transports.exchange(transports.group_store(group), key, group.rank(), group.size(), value, timeout_s)
+    store = transports.group_store(group)
+    return transports.exchange(store, f"init_workspace ({what})", key, group.rank(), group.size(), value, timeout_s)
 
 
 _rounds: dict[str, int] = {}
@@ -333,6 +346,22 @@ def _probe(workspace: Workspace) -> str | None:
     from .selfcheck import probe_transport
 
     return probe_transport(workspace)
+
+
+def _error_of(failure: Failure, timeout_s: float) -> MoeEpError:
+    """The exception for what a kernel recorded."""
+    if failure.kind == "timeout":
+        return PeerTimeoutError(failure.op, failure.epoch, failure.ranks, timeout_s)
+    ranks = ", ".join(map(str, failure.ranks))
+    if failure.kind == "capacity":
+        return CapacityError(
+            f"{failure.op}: {failure.rows} live rows of rank(s) {ranks} exceed {failure.limit} in call "
+            f"{failure.epoch}; pass fewer rows, or set up the workspace for more, then reset() it."
+        )
+    return MoeEpError(
+        f"{failure.op}: rank(s) {ranks} gave up in call {failure.epoch} for a reason that they report themselves; "
+        "see their error, then reset() the workspace on every rank."
+    )
 
 
 def _differences(old: WorkspaceConfig, new: WorkspaceConfig) -> str:
