@@ -1,0 +1,113 @@
+"""Which tiles ``fused_moe`` launches: a tuned table where there is one, heuristics for the rest.
+
+A plan changes speed, never the meaning: every plan is right for every live count.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TABLES = Path(__file__).parent / "tables"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One GEMM launch: rows x columns x depth of a tile (columns of I in the first GEMM: gate and up both)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``pairs > 0``: the few-rows kernels, that many pairs a chunk. ``pairs == 0``: align, then persistent kernels.
+
+    ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent
+    programs per SM; ``pdl`` programmatic dependent launch.
+    """
+
+    gate_up: Tiles
+    down: Tiles
+    pairs: int = 0
+    group: int = 8
+    programs: int = 1
+    pdl: bool = True
+
+    @staticmethod
+    def from_json(entry: dict[str, Any]) -> Plan:
+        return Plan(**{**entry, "gate_up": Tiles(**entry["gate_up"]), "down": Tiles(**entry["down"])})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan may depend on: sizes of one rank's layer and its typical number of live rows."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    tokens: int
+
+    def key(self) -> str:
+        return f"E{self.experts}-K{self.top_k}-H{self.hidden}-I{self.inner}"
+
+
+FEW_PAIRS = 1024  # above it, finding the routing in every program costs more than an align launch
+
+
+def _power_of_two(value: int, low: int, high: int) -> int:
+    return min(max(1 << max(value - 1, 0).bit_length(), low), high)
+
+
+def default_plan(shape: Shape) -> Plan:
+    """Heuristics from the sizes alone; measured nowhere, so ``tune`` may beat them."""
+    pairs = shape.tokens * shape.top_k
+    if pairs <= FEW_PAIRS:
+        rows = _power_of_two(shape.tokens, 16, 64)
+        tiles = Tiles(rows, 32, 128, 4, 4 if rows < 64 else 3)
+        return Plan(tiles, replace(tiles, block_n=64), pairs=_power_of_two(pairs, 16, FEW_PAIRS))
+    if pairs // shape.experts <= 64:
+        tiles = Tiles(64, 64, 64, 4, 4)
+        return Plan(tiles, replace(tiles, block_n=128), programs=2)
+    return Plan(Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
+
+
+def invariant_plan(shape: Shape) -> Plan:
+    """One tile shape for all counts: a row meets the same instructions in the same order whatever the batch is."""
+    tiles = Tiles(64, 64, 64, 4, 4)
+    pairs = shape.tokens * shape.top_k
+    few = _power_of_two(pairs, 16, FEW_PAIRS) if pairs <= FEW_PAIRS else 0
+    return Plan(tiles, tiles, pairs=few, programs=2)
+
+
+@cache
+def load_table(gpu: str) -> dict[str, dict[str, Any]]:
+    """``{shape key: {tokens: plan}}`` of one GPU name; empty where nothing was tuned."""
+    path = TABLES / f"{gpu}.json"
+    return json.loads(path.read_text())["plans"] if path.exists() else {}
+
+
+def table_name(gpu: str) -> str:
+    return gpu.lower().replace(" ", "_").replace("/", "_")
+
+
+def choose_plan(shape: Shape, gpu: str, batch_invariant: bool = False) -> Plan:
+    """The tuned plan of the nearest token count above (or the largest below), else the default."""
+    if batch_invariant:
+        return invariant_plan(shape)
+    tuned = load_table(table_name(gpu)).get(shape.key())
+    if not tuned:
+        return default_plan(shape)
+    counts = sorted(map(int, tuned))
+    nearest = next((count for count in counts if count >= shape.tokens), counts[-1])
+    return Plan.from_json(tuned[str(nearest)])

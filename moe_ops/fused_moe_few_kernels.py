@@ -1,0 +1,105 @@
+"""Device code of ``fused_moe`` for few rows: routing is found anew by every program, so there is no align launch.
+
+The live (row, slot) pairs are taken PAIRS at a time; one chunk holds all of them as long as the count
+stays at what the launch was planned for, and further chunks make any count right.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
+
+
+@triton.jit
+def slot_expert(ids_ptr, chunk, num_pairs, slot, expert_start, num_experts, PAIRS: tl.constexpr, BY_PAIR: tl.constexpr):
+    """The local expert that program ``slot`` serves in this chunk, and the rank of each pair among its pairs.
+
+    ``BY_PAIR`` (fewer pairs than experts): slot s serves the expert of pair s, if no earlier pair has it.
+    Returns ``(expert, rank (PAIRS,), count)``; rank is -1 at pairs of others, count 0 when idle.
+    Example: ids [7, 3, 7], slot 0: rank [0, -1, 1], count 2; slot 2: count 0.
+    """
+    pair = chunk + tl.arange(0, PAIRS)
+    ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1)
+    if BY_PAIR:
+        mine = tl.load(ids_ptr + chunk + slot, mask=chunk + slot < num_pairs, other=-1)
+        owner = (mine >= expert_start) & (mine < expert_start + num_experts)
+        owner &= tl.min(tl.where(ids == mine, pair, chunk + PAIRS)) == chunk + slot
+        hit = (ids == mine) & owner
+        expert = (mine - expert_start).to(tl.int32)
+    else:
+        hit = (ids == expert_start + slot) & (pair < num_pairs)
+        expert = slot
+    ones = hit.to(tl.int32)
+    return expert, tl.where(hit, tl.cumsum(ones, 0) - 1, -1), tl.sum(ones)
+
+
+@triton.jit
+def block_pairs(rank, chunk, first, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Pair indices (int64) whose rank is ``first, first + 1, ...``: a one-hot sum, so no scratch memory."""
+    wanted = first + tl.arange(0, BLOCK_M)
+    at = tl.arange(0, PAIRS)
+    found = tl.sum(tl.where(rank[None, :] == wanted[:, None], at[None, :], 0), axis=1)
+    return chunk + found.to(tl.int64), wanted
+
+
+@triton.jit
+def gate_up_few_kernel(
+    x_ptr, ids_ptr, valid_ptr, w_ptr, bias_ptr, act_ptr,
+    num_rows, x_stride, expert_start, num_experts, hidden, inner, alpha, limit,
+    TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    PAIRS: tl.constexpr, BY_PAIR: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``act[pair] = act(x[pair // K] @ gate_up[expert] + bias)``. Grid: (tiles of I, expert slots)."""
+    tile = tl.program_id(0)
+    num_pairs = tl.minimum(tl.load(valid_ptr), num_rows).to(tl.int64) * TOP_K
+    width = 2 * inner if GATED else inner
+    for chunk in range(0, num_pairs, PAIRS):
+        expert, rank, count = slot_expert(
+            ids_ptr, chunk, num_pairs, tl.program_id(1), expert_start, num_experts, PAIRS, BY_PAIR
+        )
+        w_expert = w_ptr + expert.to(tl.int64) * hidden * width
+        for first in range(0, count, BLOCK_M):
+            pairs, wanted = block_pairs(rank, chunk, first, PAIRS, BLOCK_M)
+            rows = wanted < count
+            inner_rows = gate_up_tile(
+                x_ptr, pairs // TOP_K * x_stride, rows, w_expert, bias_ptr + expert * width, tile,
+                hidden, inner, alpha, limit, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            )  # fmt: skip
+            store_tile(act_ptr, pairs, rows, tile, inner, inner_rows, BLOCK_N)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def down_few_kernel(
+    act_ptr, ids_ptr, valid_ptr, w_ptr, bias_ptr, out_ptr,
+    num_rows, expert_start, num_experts, hidden, inner,
+    TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PAIRS: tl.constexpr, BY_PAIR: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``out[pair] = act[pair] @ down[expert] + bias``. Grid: (tiles of H, expert slots)."""
+    tile = tl.program_id(0)
+    num_pairs = tl.minimum(tl.load(valid_ptr), num_rows).to(tl.int64) * TOP_K
+    for chunk in range(0, num_pairs, PAIRS):
+        expert, rank, count = slot_expert(
+            ids_ptr, chunk, num_pairs, tl.program_id(1), expert_start, num_experts, PAIRS, BY_PAIR
+        )
+        w_expert = w_ptr + expert.to(tl.int64) * hidden * inner
+        if PDL:  # routing above depends on inputs only: it overlaps the tail of the first projection
+            tl.extra.cuda.gdc_wait()
+        for first in range(0, count, BLOCK_M):
+            pairs, wanted = block_pairs(rank, chunk, first, PAIRS, BLOCK_M)
+            rows = wanted < count
+            acc = down_tile(
+                act_ptr, pairs * inner, rows, w_expert, bias_ptr + expert * hidden, tile, hidden, inner,
+                TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            )  # fmt: skip
+            store_tile(out_ptr, pairs, rows, tile, hidden, acc, BLOCK_N)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()

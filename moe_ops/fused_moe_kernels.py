@@ -1,0 +1,175 @@
+"""Device code that both regimes of ``fused_moe`` share: one expert's tile of either projection, and the top-k sum."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rows_times_weights(
+    x_ptr, row_offsets, row_mask, w_ptr, cols, num_cols, depth, w_stride,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``(BLOCK_M, BLOCK_N)`` fp32: gathered rows of x times columns ``cols`` of one expert's matrix.
+
+    ``w_stride`` is the matrix' row stride: ``depth`` as stored by default, ``num_cols`` when transposed.
+    """
+    ks = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + row_offsets[:, None] + ks[None, :]
+    live = cols < num_cols
+    if TRANSPOSED:
+        w_ptrs = w_ptr + ks[:, None].to(tl.int64) * w_stride + cols[None, :]
+    else:
+        w_ptrs = w_ptr + cols[None, :].to(tl.int64) * w_stride + ks[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=row_mask[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=live[None, :], other=0.0, eviction_policy="evict_first")
+        else:
+            inside = ks < depth - k
+            x = tl.load(x_ptrs, mask=row_mask[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=live[None, :] & inside[:, None], other=0.0, eviction_policy="evict_first")
+        acc = tl.dot(x, w, acc)
+        x_ptrs += BLOCK_K
+        if TRANSPOSED:
+            w_ptrs += tl.cast(w_stride, tl.int64) * BLOCK_K
+        else:
+            w_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def gated_columns(tile, inner, BLOCK_I: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Columns of gate_up that ``split_gate`` takes apart again, and a bound that masks the tail.
+
+    Interleaved: ``2i, 2i+1, ...``. Otherwise BLOCK_I columns of gate, then those of up. Columns past
+    the end are moved to ``2 * inner``, which no mask lets through.
+    """
+    if not GATED:
+        return tile * BLOCK_I + tl.arange(0, BLOCK_I), inner
+    else:
+        at = tl.arange(0, 2 * BLOCK_I)
+        if INTERLEAVED:
+            return 2 * tile * BLOCK_I + at, 2 * inner
+        else:
+            col = tile * BLOCK_I + at % BLOCK_I
+            return tl.where(col < inner, col + (at // BLOCK_I) * inner, 2 * inner), 2 * inner
+
+
+@triton.jit
+def split_gate(acc, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """``(BLOCK_M, 2 * BLOCK_I)`` to gate and up, each ``(BLOCK_M, BLOCK_I)``."""
+    if INTERLEAVED:
+        return tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_I, 2)))
+    else:
+        return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_I)), (0, 2, 1)))
+
+
+@triton.jit
+def pointwise(x, ACT: tl.constexpr):
+    """One of ``activations.ACTIVATIONS`` that needs no ``up``, in fp32."""
+    if ACT == "silu":
+        return x * tl.sigmoid(x)
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * tl.sigmoid(2.0 * inner)  # 0.5 * (1 + tanh(y)) = sigmoid(2y)
+    else:
+        tl.static_assert(ACT == "relu2")
+        positive = tl.maximum(x, 0.0)
+        return positive * positive
+
+
+@triton.jit
+def activate(gate, up, alpha, limit, ACT: tl.constexpr, HAS_LIMIT: tl.constexpr):
+    """``act(gate) * up`` with ``activations``' meaning of alpha and limit, in fp32."""
+    if HAS_LIMIT:
+        limit = tl.cast(limit, tl.float32)
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    if ACT == "swiglu_oai":
+        return (up + 1.0) * gate * tl.sigmoid(gate * tl.cast(alpha, tl.float32))
+    else:
+        return pointwise(gate, ACT) * up
+
+
+@triton.jit
+def gate_up_tile(
+    x_ptr, row_offsets, row_mask, w_ptr, bias_ptr, tile, hidden, inner, alpha, limit,
+    ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``(BLOCK_M, BLOCK_I)`` fp32: act(rows @ gate_up + bias) for columns ``tile * BLOCK_I ...`` of one expert."""
+    WIDTH: tl.constexpr = 2 * BLOCK_I if GATED else BLOCK_I
+    cols, num_cols = gated_columns(tile, inner, BLOCK_I, GATED, INTERLEAVED)
+    w_stride = num_cols if TRANSPOSED else hidden
+    acc = rows_times_weights(
+        x_ptr, row_offsets, row_mask, w_ptr, cols, num_cols, hidden, w_stride,
+        TRANSPOSED, BLOCK_M, WIDTH, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        gate, up = split_gate(acc, BLOCK_M, BLOCK_I, INTERLEAVED)
+        return activate(gate, up, alpha, limit, ACT, HAS_LIMIT)
+    else:
+        return pointwise(acc, ACT)
+
+
+@triton.jit
+def down_tile(
+    x_ptr, row_offsets, row_mask, w_ptr, bias_ptr, tile, hidden, inner,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``(BLOCK_M, BLOCK_H)`` fp32: rows @ down + bias for columns ``tile * BLOCK_H ...`` of one expert."""
+    cols = tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    w_stride = hidden if TRANSPOSED else inner
+    acc = rows_times_weights(
+        x_ptr, row_offsets, row_mask, w_ptr, cols, hidden, inner, w_stride,
+        TRANSPOSED, BLOCK_M, BLOCK_H, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < hidden, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def store_tile(out_ptr, out_rows, row_mask, tile, width, acc, BLOCK_N: tl.constexpr):
+    """Round once and store a tile; ``out_rows`` int64 row numbers of a contiguous ``(*, width)`` tensor."""
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = row_mask[:, None] & (cols < width)[None, :]
+    tl.store(out_ptr + out_rows[:, None] * width + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def topk_sum_kernel(
+    pairs_ptr, ids_ptr, weights_ptr, valid_ptr, out_ptr, out_stride, num_rows, hidden, expert_start, num_experts,
+    TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``out[row] = sum over slots of weight * pairs[row * K + slot]``, local experts only, slots in order, in fp32.
+
+    Grid: (row programs, column tiles); a program takes every ``num_programs(0)``-th live row.
+    Example: K 2, weights [0.5, 2], ids [local, remote] gives 0.5 * pairs[0]; pairs[1] is not read.
+    """
+    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = cols < hidden
+    live = tl.minimum(tl.load(valid_ptr), num_rows)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for row in range(tl.program_id(0), live, tl.num_programs(0)):
+        pair = tl.cast(row, tl.int64) * TOP_K
+        acc = tl.zeros((BLOCK_H,), tl.float32)
+        for slot in tl.static_range(TOP_K):
+            expert = tl.load(ids_ptr + pair + slot)
+            local = (expert >= expert_start) & (expert < expert_start + num_experts)
+            weight = tl.load(weights_ptr + pair + slot).to(tl.float32)
+            value = tl.load(pairs_ptr + (pair + slot) * hidden + cols, mask=cols < tl.where(local, hidden, 0), other=0.0)
+            # a remote slot adds nothing, whatever its weight holds
+            acc += tl.where(local, weight, 0.0) * value.to(tl.float32)
+        tl.store(out_ptr + tl.cast(row, tl.int64) * out_stride + cols, acc.to(out_ptr.dtype.element_ty), mask=inside)

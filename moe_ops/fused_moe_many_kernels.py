@@ -1,0 +1,70 @@
+"""Device code of ``fused_moe`` for many rows: persistent programs over the blocks that ``align_block_size`` made."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
+
+
+@triton.jit
+def grouped_tile(index, num_blocks, num_tiles, GROUP: tl.constexpr):
+    """``(block, tile)`` of work item ``index``: GROUP blocks take turns on a tile of weights, which L2 then holds.
+
+    Example: 3 blocks, 2 tiles, GROUP 2: (0,0) (1,0) (0,1) (1,1) (2,0) (2,1).
+    """
+    first = index // (GROUP * num_tiles) * GROUP
+    size = tl.minimum(num_blocks - first, GROUP)
+    inside = index % (GROUP * num_tiles)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def gate_up_many_kernel(
+    x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w_ptr, bias_ptr, act_ptr,
+    num_pairs, x_stride, hidden, inner, alpha, limit,
+    TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent."""
+    num_blocks = tl.load(total_ptr) // BLOCK_M
+    num_tiles = tl.cdiv(inner, BLOCK_N)
+    width = 2 * inner if GATED else inner
+    for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):
+        block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
+        expert = tl.load(expert_ids_ptr + block)
+        position = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        pairs = tl.load(sorted_ptr + position)
+        rows = pairs < num_pairs
+        inner_rows = gate_up_tile(
+            x_ptr, (pairs // TOP_K).to(tl.int64) * x_stride, rows, w_ptr + expert.to(tl.int64) * hidden * width,
+            bias_ptr + expert * width, tile, hidden, inner, alpha, limit,
+            ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+        )  # fmt: skip
+        store_tile(act_ptr, position, rows, tile, inner, inner_rows, BLOCK_N)
+
+
+@triton.jit
+def down_many_kernel(
+    act_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w_ptr, bias_ptr, out_ptr,
+    num_pairs, hidden, inner,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``out[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent."""
+    num_blocks = tl.load(total_ptr) // BLOCK_M
+    num_tiles = tl.cdiv(hidden, BLOCK_N)
+    for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):
+        block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
+        expert = tl.load(expert_ids_ptr + block)
+        position = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        pairs = tl.load(sorted_ptr + position)
+        rows = pairs < num_pairs
+        acc = down_tile(
+            act_ptr, position * inner, rows, w_ptr + expert.to(tl.int64) * hidden * inner,
+            bias_ptr + expert * hidden, tile, hidden, inner,
+            TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+        )  # fmt: skip
+        store_tile(out_ptr, pairs.to(tl.int64), rows, tile, hidden, acc, BLOCK_N)
