@@ -25,7 +25,10 @@ COMMON: dict[str, Any] = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3MoeConfig",
-        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 32, "norm_topk_prob": True},
+        {
+            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 32,
+            "norm_topk_prob": True,
+        },
     ),
     "mixtral": ("MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96}),
     "olmoe": ("OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96}),
@@ -43,6 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96, "head_dim": 32,
             "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+            "max_position_embeddings": 131072,
         },
     ),
 }  # fmt: skip

@@ -203,9 +203,7 @@ class KeyMap:
         return ExpertKey(parameter, int(match.group(1)) if match and match.groups() else None)
 
     def _rename(self, key: str, converters: list) -> tuple[str, str | None]:
-        return core_model_loading.rename_source_key(
-            key, self._renamings, converters, self._prefix, self._state_dict
-        )
+        return core_model_loading.rename_source_key(key, self._renamings, converters, self._prefix, self._state_dict)
 
     def _merges(self, source: str) -> bool:
         merge = core_model_loading.MergeModulelist

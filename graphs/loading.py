@@ -67,8 +67,12 @@ def from_pretrained(
     hf_compat.set_generation_config(model, folder)
     check_loaded(model, meta, info, world_size, rank)
     return attach(
-        model.to(device).eval(), group, max_tokens_per_rank=max_tokens_per_rank, top_k=top_k,
-        transport=transport, timeout_s=timeout_s,
+        model.to(device).eval(),
+        group,
+        max_tokens_per_rank=max_tokens_per_rank,
+        top_k=top_k,
+        transport=transport,
+        timeout_s=timeout_s,
     )
 
 

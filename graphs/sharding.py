@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe_ops import get_workspace, init_workspace
 from moe_ops.workspace import DEFAULT_TIMEOUT_S
@@ -61,7 +62,8 @@ def shard_experts(
         raise ShardingError("the experts of this model are already sharded; load a fresh copy to shard it again.")
     hf_compat.refuse_quantized(model.config)
     world_size, rank = group_size(group), group_rank(group)
-    localize(model, world_size, rank, take=torch.clone)
+    if world_size > 1:
+        localize(model, world_size, rank, take=torch.clone)
     return attach(
         model, group, max_tokens_per_rank=max_tokens_per_rank, top_k=top_k, transport=transport, timeout_s=timeout_s
     )
@@ -144,7 +146,8 @@ def check_peers(model: nn.Module) -> None:
 def dense_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers that every rank must hold whole."""
     expert_names = {
-        f"{name}.{part}" for name, module in hf_compat.experts_modules(model).items()
+        f"{name}.{part}"
+        for name, module in hf_compat.experts_modules(model).items()
         for part in hf_compat.expert_parameters_local(module)
     }
     for name, tensor in model.state_dict().items():
@@ -168,7 +171,7 @@ def check_dense_parts_agree(model: nn.Module, group: dist.ProcessGroup | None) -
 
 def _fingerprint(tensor: Tensor) -> tuple:
     """Shape, dtype and a position-weighted sum of the bits: equal tensors have equal ones, in any order of adding."""
-    if isinstance(tensor, torch.distributed.tensor.DTensor):
+    if isinstance(tensor, DTensor):
         return ("DTensor", str(tensor.placements), tuple(tensor.shape))
     words = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if words.numel() % 4 == 0:

@@ -1,0 +1,208 @@
+"""All private torch API that ``lowering`` uses: the one place a torch release can break.
+
+Checked with torch 2.11 (CUDA) and 2.13 (CPU). What differs between them is said at its function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+
+from .errors import UnsupportedTorchError
+
+OLDEST, NEWEST = (2, 11), (2, 13)
+
+GraphPass = Callable[[Graph], None]
+
+
+def torch_version() -> tuple[int, int]:
+    """``(major, minor)`` of this torch."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_torch_version() -> None:
+    """Raise ``UnsupportedTorchError`` unless this torch's internals are known here."""
+    if not OLDEST <= torch_version() <= NEWEST:
+        low, high = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+        raise UnsupportedTorchError(
+            f"lowering: torch {torch.__version__} is not supported; install torch >= {low}, <= {high}.*, "
+            "or use the ops without `import lowering`: results are the same, only slower."
+        )
+
+
+# ---- effectful ops: call_function with_effects(token, op, *args, **kwargs) -> (token, *results) ----
+
+
+def is_effect(node: Node) -> bool:
+    """Whether ``node`` is an ordered op, wrapped so that its token chains it to the one before."""
+    return node.op == "call_function" and node.target is torch.ops.higher_order.with_effects
+
+
+def make_token_target() -> Any:
+    """The op that starts a chain of tokens inside a graph."""
+    return torch.ops.prims._make_token.default
+
+
+def effect_target() -> Any:
+    """The higher-order op that wraps an ordered op."""
+    return torch.ops.higher_order.with_effects
+
+
+def register_ordered(op_name: str) -> None:
+    """Make ``namespace::name`` an ordered op: never merged, dropped, or moved past another ordered op."""
+    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+    _register_effectful_op(op_name, _EffectType.ORDERED)
+
+
+def schema_arguments(op: torch._ops.OpOverload) -> list[Any]:
+    """The declared arguments of an op, in order; each has ``name``, ``kwarg_only``, ``default_value``."""
+    return list(op._schema.arguments)
+
+
+def sort_graph(graph: Graph) -> None:
+    """Order nodes so that each comes after its inputs, otherwise as they were."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
+
+
+# ---- where a pass hooks in, and what the caches of compiled graphs must know about it ----
+
+_SLOT = "post_grad_custom_pre_pass"
+
+
+def graph_pass_base() -> type:
+    """The class that Inductor's cache accepts as a custom pass: it asks it for ``uuid()``."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return CustomGraphPass
+
+
+def installed_pass() -> Any:
+    """What is in the slot for passes that run first on the inference graph, or None."""
+    from torch._inductor import config
+
+    return getattr(config, _SLOT)
+
+
+def install_pass(graph_pass: Any) -> None:
+    """Put ``graph_pass`` (or None) into the slot."""
+    from torch._inductor import config
+
+    setattr(config, _SLOT, graph_pass)
+
+
+def as_passes(slot: Any) -> tuple[Any, ...]:
+    """The user's passes in a slot; from torch 2.13 it may hold a list."""
+    if slot is None:
+        return ()
+    return tuple(slot) if isinstance(slot, list | tuple) else (slot,)
+
+
+def run_user_pass(user_pass: Any, graph: Graph) -> None:
+    """Call a pass the way Inductor would."""
+    try:
+        from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+    except ImportError:  # older than 2.12
+        CustomInferenceAwareGraphPass = ()
+    if isinstance(user_pass, CustomInferenceAwareGraphPass):
+        user_pass(graph, is_inference=True)
+    else:
+        user_pass(graph)
+
+
+def pass_uuid(user_pass: Any) -> Any | None:
+    """The user's pass's own id, or None if it has none: then nothing may be cached."""
+    return user_pass.uuid() if isinstance(user_pass, graph_pass_base()) else None
+
+
+def hash_of_sources(folder: Path) -> str:
+    """A hash of every Python file of a package: any edit gives new cache entries."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+# ---- what the compiler did ----
+
+
+def rounds_every_step() -> bool:
+    """Whether compiled pointwise code rounds after each step, as eager does, or once at its end."""
+    from torch._inductor import config
+
+    return bool(config.emulate_precision_casts)
+
+
+def compile_counters() -> dict[str, dict[str, int]]:
+    """Dynamo's and Inductor's counters since the process started (or the last reset)."""
+    from torch._dynamo.utils import counters
+
+    return {group: dict(values) for group, values in counters.items()}
+
+
+def reset_compiler() -> None:
+    """Forget every compiled function, so that the next call compiles again."""
+    torch._dynamo.reset()
+
+
+@contextmanager
+def without_caches() -> Iterator[None]:
+    """Compile anew: artefacts of earlier runs are neither read nor written."""
+    from torch._inductor import config
+
+    with config.patch(force_disable_caches=True):
+        yield
+
+
+def output_code(function: Callable, *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    """``(result, sources)`` of a call, with the code that Inductor generated for it."""
+    from torch._inductor.utils import run_and_get_code
+
+    return run_and_get_code(function, *args, **kwargs)
+
+
+def uncompiled(function: Any) -> Any:
+    """The module or function behind a compiled one; anything else as it is."""
+    function = getattr(function, "_orig_mod", function)
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+class CompileCounts(NamedTuple):
+    """What the compiler did since the process started (or its counters were reset)."""
+
+    graphs: int  # FX graphs that Dynamo captured
+    graph_breaks: int
+    cuda_graphs: int  # CUDA graphs recorded by mode="reduce-overhead", still alive
+
+
+def compile_counts() -> CompileCounts:
+    """The counts now; a reader takes differences."""
+    counters = compile_counters()
+    return CompileCounts(
+        graphs=counters.get("stats", {}).get("unique_graphs", 0),
+        graph_breaks=sum(counters.get("graph_break", {}).values()),
+        cuda_graphs=_recorded_cuda_graphs(),
+    )
+
+
+def _recorded_cuda_graphs() -> int:
+    if not torch.cuda.is_available():
+        return 0
+    from torch._inductor.cudagraph_trees import get_manager
+
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    return 0 if manager is None else sum(_count_nodes(root) for root in manager.get_roots())
+
+
+def _count_nodes(node: Any) -> int:
+    children = [child for nodes in node.children.values() for child in nodes]
+    return 1 + sum(map(_count_nodes, children))
