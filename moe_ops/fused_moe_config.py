@@ -16,13 +16,17 @@ TABLES = Path(__file__).parent / "tables"
 
 @dataclass(frozen=True)
 class Tiles:
-    """One GEMM launch: rows x columns x depth of a tile (columns of I in the first GEMM: gate and up both)."""
+    """One GEMM launch: rows x columns x depth of a tile (columns of I in the first GEMM: gate and up both).
+
+    ``swap`` makes the weights the left operand of the tensor cores (bulk copies only): for few rows.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    swap: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Plan:
     """``pairs > 0``: the few-rows kernels, that many pairs a chunk. ``pairs == 0``: align, then persistent kernels.
 
     ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent
-    programs per SM; ``pdl`` programmatic dependent launch.
+    programs per SM; ``small_m`` the rows of an expert's last block where that suffices (0: never);
+    ``tma`` bulk copies of weights where their strides allow; ``pdl`` programmatic dependent launch.
     """
 
     gate_up: Tiles
@@ -38,6 +43,8 @@ class Plan:
     pairs: int = 0
     group: int = 8
     programs: int = 1
+    small_m: int = 0
+    tma: bool = True
     pdl: bool = True
 
     @staticmethod
@@ -70,24 +77,24 @@ def _power_of_two(value: int, low: int, high: int) -> int:
 
 
 def default_plan(shape: Shape) -> Plan:
-    """Heuristics from the sizes alone; measured nowhere, so ``tune`` may beat them."""
+    """Heuristics from the sizes alone; ``tune`` may beat them."""
     pairs = shape.tokens * shape.top_k
+    rows = _power_of_two(shape.tokens, 16, 64)  # a token picks an expert once: more rows are rare
     if pairs <= FEW_PAIRS:
-        rows = _power_of_two(shape.tokens, 16, 64)
-        tiles = Tiles(rows, 32, 128, 4, 4 if rows < 64 else 3)
+        tiles = Tiles(rows, 32, 128, 4, 4, swap=True)
         return Plan(tiles, replace(tiles, block_n=64), pairs=_power_of_two(pairs, 16, FEW_PAIRS))
     if pairs // shape.experts <= 64:
         tiles = Tiles(64, 64, 64, 4, 4)
         return Plan(tiles, replace(tiles, block_n=128), programs=2)
-    return Plan(Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
+    return Plan(Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 4), small_m=64)
 
 
 def invariant_plan(shape: Shape) -> Plan:
     """One tile shape for all counts: a row meets the same instructions in the same order whatever the batch is."""
-    tiles = Tiles(64, 64, 64, 4, 4)
+    gate_up, down = Tiles(64, 32, 64, 4, 4, swap=True), Tiles(64, 64, 64, 4, 4, swap=True)
     pairs = shape.tokens * shape.top_k
     few = _power_of_two(pairs, 16, FEW_PAIRS) if pairs <= FEW_PAIRS else 0
-    return Plan(tiles, tiles, pairs=few, programs=2)
+    return Plan(gate_up, down, pairs=few, programs=2)
 
 
 @cache

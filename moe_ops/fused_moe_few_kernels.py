@@ -46,29 +46,28 @@ def block_pairs(rank, chunk, first, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def gate_up_few_kernel(
-    x_ptr, ids_ptr, valid_ptr, w_ptr, bias_ptr, act_ptr,
+    x_ptr, ids_ptr, valid_ptr, w, bias_ptr, act_ptr,
     num_rows, x_stride, expert_start, num_experts, hidden, inner, alpha, limit,
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     PAIRS: tl.constexpr, BY_PAIR: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(x[pair // K] @ gate_up[expert] + bias)``. Grid: (tiles of I, expert slots)."""
     tile = tl.program_id(0)
     num_pairs = tl.minimum(tl.load(valid_ptr), num_rows).to(tl.int64) * TOP_K
-    width = 2 * inner if GATED else inner
     for chunk in range(0, num_pairs, PAIRS):
         expert, rank, count = slot_expert(
             ids_ptr, chunk, num_pairs, tl.program_id(1), expert_start, num_experts, PAIRS, BY_PAIR
         )
-        w_expert = w_ptr + expert.to(tl.int64) * hidden * width
         for first in range(0, count, BLOCK_M):
             pairs, wanted = block_pairs(rank, chunk, first, PAIRS, BLOCK_M)
             rows = wanted < count
             inner_rows = gate_up_tile(
-                x_ptr, pairs // TOP_K * x_stride, rows, w_expert, bias_ptr + expert * width, tile,
+                x_ptr, pairs // TOP_K * x_stride, rows, w, bias_ptr, expert, tile,
                 hidden, inner, alpha, limit, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+                TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
             )  # fmt: skip
             store_tile(act_ptr, pairs, rows, tile, inner, inner_rows, BLOCK_N)
     if PDL:
@@ -77,10 +76,11 @@ def gate_up_few_kernel(
 
 @triton.jit
 def down_few_kernel(
-    act_ptr, ids_ptr, valid_ptr, w_ptr, bias_ptr, out_ptr,
+    act_ptr, ids_ptr, valid_ptr, w, bias_ptr, out_ptr,
     num_rows, expert_start, num_experts, hidden, inner,
     TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
     PAIRS: tl.constexpr, BY_PAIR: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``out[pair] = act[pair] @ down[expert] + bias``. Grid: (tiles of H, expert slots)."""
@@ -90,15 +90,14 @@ def down_few_kernel(
         expert, rank, count = slot_expert(
             ids_ptr, chunk, num_pairs, tl.program_id(1), expert_start, num_experts, PAIRS, BY_PAIR
         )
-        w_expert = w_ptr + expert.to(tl.int64) * hidden * inner
         if PDL:  # routing above depends on inputs only: it overlaps the tail of the first projection
             tl.extra.cuda.gdc_wait()
         for first in range(0, count, BLOCK_M):
             pairs, wanted = block_pairs(rank, chunk, first, PAIRS, BLOCK_M)
             rows = wanted < count
             acc = down_tile(
-                act_ptr, pairs * inner, rows, w_expert, bias_ptr + expert * hidden, tile, hidden, inner,
-                TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+                act_ptr, pairs * inner, rows, w, bias_ptr, expert, tile, hidden, inner,
+                TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
             )  # fmt: skip
             store_tile(out_ptr, pairs, rows, tile, hidden, acc, BLOCK_N)
     if PDL:

@@ -98,22 +98,60 @@ def activate(gate, up, alpha, limit, ACT: tl.constexpr, HAS_LIMIT: tl.constexpr)
 
 
 @triton.jit
+def rows_times_box(
+    x_ptr, row_offsets, row_mask, w_desc, expert, at, depth,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``rows_times_weights`` with the weights brought by bulk copies, which zero-fill past the edges of a matrix.
+
+    ``w_desc`` is four-dimensional, ``(E_l, PARTS, cols, depth)`` or transposed ``(E_l, depth, PARTS, cols)``; a box
+    holds BLOCK_N columns, ``BLOCK_N / PARTS`` of each part from column ``at`` on. SWAP makes the weights the left
+    operand, so that the tensor cores' minimum of 64 rows is met by them and not by padding tokens.
+    """
+    ks = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + row_offsets[:, None] + ks[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        mask = row_mask[:, None] if EVEN_K else row_mask[:, None] & (ks < depth - k)[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0)
+        if TRANSPOSED:
+            w = w_desc.load([expert, k, 0, at]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            w = w_desc.load([expert, 0, at, k]).reshape(BLOCK_N, BLOCK_K).T
+        acc = tl.dot(w.T, x.T, acc) if SWAP else tl.dot(x, w, acc)
+        x_ptrs += BLOCK_K
+    return acc.T if SWAP else acc
+
+
+@triton.jit
 def gate_up_tile(
-    x_ptr, row_offsets, row_mask, w_ptr, bias_ptr, tile, hidden, inner, alpha, limit,
+    x_ptr, row_offsets, row_mask, w, bias_ptr, expert, tile, hidden, inner, alpha, limit,
     ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``(BLOCK_M, BLOCK_I)`` fp32: act(rows @ gate_up + bias) for columns ``tile * BLOCK_I ...`` of one expert."""
+    """``(BLOCK_M, BLOCK_I)`` fp32: act(rows @ gate_up + bias) for columns ``tile * BLOCK_I ...`` of one expert.
+
+    ``w`` is the tensor, or with TMA its descriptor (see ``rows_times_box``).
+    """
     WIDTH: tl.constexpr = 2 * BLOCK_I if GATED else BLOCK_I
+    PARTS: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
     cols, num_cols = gated_columns(tile, inner, BLOCK_I, GATED, INTERLEAVED)
-    w_stride = num_cols if TRANSPOSED else hidden
-    acc = rows_times_weights(
-        x_ptr, row_offsets, row_mask, w_ptr, cols, num_cols, hidden, w_stride,
-        TRANSPOSED, BLOCK_M, WIDTH, BLOCK_K, EVEN_K,
-    )  # fmt: skip
+    if TMA:
+        acc = rows_times_box(
+            x_ptr, row_offsets, row_mask, w, expert, tile * (WIDTH // PARTS), hidden,
+            PARTS, TRANSPOSED, SWAP, BLOCK_M, WIDTH, BLOCK_K, EVEN_K,
+        )  # fmt: skip
+    else:
+        w_stride = num_cols if TRANSPOSED else hidden
+        acc = rows_times_weights(
+            x_ptr, row_offsets, row_mask, w + expert.to(tl.int64) * hidden * num_cols, cols, num_cols, hidden,
+            w_stride, TRANSPOSED, BLOCK_M, WIDTH, BLOCK_K, EVEN_K,
+        )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + expert * num_cols + cols, mask=cols < num_cols, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     if GATED:
         gate, up = split_gate(acc, BLOCK_M, BLOCK_I, INTERLEAVED)
         return activate(gate, up, alpha, limit, ACT, HAS_LIMIT)
@@ -123,19 +161,26 @@ def gate_up_tile(
 
 @triton.jit
 def down_tile(
-    x_ptr, row_offsets, row_mask, w_ptr, bias_ptr, tile, hidden, inner,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x_ptr, row_offsets, row_mask, w, bias_ptr, expert, tile, hidden, inner,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``(BLOCK_M, BLOCK_H)`` fp32: rows @ down + bias for columns ``tile * BLOCK_H ...`` of one expert."""
     cols = tile * BLOCK_H + tl.arange(0, BLOCK_H)
-    w_stride = hidden if TRANSPOSED else inner
-    acc = rows_times_weights(
-        x_ptr, row_offsets, row_mask, w_ptr, cols, hidden, inner, w_stride,
-        TRANSPOSED, BLOCK_M, BLOCK_H, BLOCK_K, EVEN_K,
-    )  # fmt: skip
+    if TMA:
+        acc = rows_times_box(
+            x_ptr, row_offsets, row_mask, w, expert, tile * BLOCK_H, inner,
+            1, TRANSPOSED, SWAP, BLOCK_M, BLOCK_H, BLOCK_K, EVEN_K,
+        )  # fmt: skip
+    else:
+        w_stride = hidden if TRANSPOSED else inner
+        acc = rows_times_weights(
+            x_ptr, row_offsets, row_mask, w + expert.to(tl.int64) * hidden * inner, cols, hidden, inner, w_stride,
+            TRANSPOSED, BLOCK_M, BLOCK_H, BLOCK_K, EVEN_K,
+        )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols, mask=cols < hidden, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + expert * hidden + cols, mask=cols < hidden, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     return acc
 
 
@@ -169,7 +214,8 @@ def topk_sum_kernel(
             expert = tl.load(ids_ptr + pair + slot)
             local = (expert >= expert_start) & (expert < expert_start + num_experts)
             weight = tl.load(weights_ptr + pair + slot).to(tl.float32)
-            value = tl.load(pairs_ptr + (pair + slot) * hidden + cols, mask=cols < tl.where(local, hidden, 0), other=0.0)
+            inside_local = cols < tl.where(local, hidden, 0)
+            value = tl.load(pairs_ptr + (pair + slot) * hidden + cols, mask=inside_local, other=0.0)
             # a remote slot adds nothing, whatever its weight holds
             acc += tl.where(local, weight, 0.0) * value.to(tl.float32)
         tl.store(out_ptr + tl.cast(row, tl.int64) * out_stride + cols, acc.to(out_ptr.dtype.element_ty), mask=inside)

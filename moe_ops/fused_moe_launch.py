@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .align import launch_align
 from .fused_moe_config import Plan, Shape, Tiles, choose_plan
@@ -17,6 +19,7 @@ from .fused_moe_many_kernels import down_many_kernel, gate_up_many_kernel
 if TYPE_CHECKING:
     from .fused_moe import ExpertForm
 
+_TMA_ALIGN = 16  # bytes that every stride of a bulk-copied tensor is a multiple of
 _HOST_PROGRAMS = 4  # stands for the number of SMs where the kernels run in Triton's interpreter
 
 
@@ -58,24 +61,50 @@ def _or(bias: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if bias is None else bias
 
 
-def _tile_args(tiles: Tiles, depth: int) -> dict[str, Any]:
-    return dict(
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, EVEN_K=depth % tiles.block_k == 0,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+def _weights(weight: Tensor, parts: int, transposed: bool, tiles: Tiles, tma: bool) -> tuple[Any, dict[str, Any]]:
+    """What a kernel reads the weights through, and its tile arguments. ``tiles.block_n`` columns of each part."""
+    depth, cols = weight.shape[1:] if transposed else (weight.shape[2], weight.shape[1])
+    tma = tma and (cols // parts if transposed else depth) * weight.element_size() % _TMA_ALIGN == 0
+    if tma and transposed:
+        view = weight.view(weight.shape[0], depth, parts, cols // parts)
+        source = TensorDescriptor.from_tensor(view, [1, tiles.block_k, parts, tiles.block_n])
+    elif tma:
+        view = weight.view(weight.shape[0], parts, cols // parts, depth)
+        source = TensorDescriptor.from_tensor(view, [1, parts, tiles.block_n, tiles.block_k])
+    else:
+        source = weight
+    return source, {
+        "TMA": tma, "SWAP": tma and tiles.swap, "EVEN_K": depth % tiles.block_k == 0,
+        "BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k,
+        "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+    }  # fmt: skip
 
 
-def _form_args(problem: Problem) -> dict[str, Any]:
-    form = problem.form
-    return dict(
-        ACT=form.activation, GATED=form.gated, TRANSPOSED=form.transposed, INTERLEAVED=form.interleaved,
-        HAS_BIAS=problem.gate_up_bias is not None, HAS_LIMIT=form.limit is not None,
-    )  # fmt: skip
+def _gate_up(problem: Problem, plan: Plan) -> tuple[Any, dict[str, Any]]:
+    form, tiles = problem.form, plan.gate_up
+    parts = 2 if form.gated and not form.interleaved else 1
+    wide = replace(tiles, block_n=2 * tiles.block_n) if form.interleaved else tiles
+    source, args = _weights(problem.gate_up, parts, form.transposed, wide, plan.tma)
+    return source, args | {
+        "ACT": form.activation, "GATED": form.gated, "TRANSPOSED": form.transposed, "INTERLEAVED": form.interleaved,
+        "HAS_BIAS": problem.gate_up_bias is not None, "HAS_LIMIT": form.limit is not None,
+        "TOP_K": problem.topk_ids.shape[1], "BLOCK_N": tiles.block_n,
+    }  # fmt: skip
 
 
-def _pdl(plan: Plan, device: torch.device) -> dict[str, Any]:
-    on = plan.pdl and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    return dict(PDL=on, launch_pdl=on) if device.type == "cuda" else dict(PDL=False)
+def _down(problem: Problem, plan: Plan) -> tuple[Any, dict[str, Any]]:
+    source, args = _weights(problem.down, 1, problem.form.transposed, plan.down, plan.tma)
+    has_bias = problem.down_bias is not None
+    return source, args | {
+        "TRANSPOSED": problem.form.transposed, "HAS_BIAS": has_bias, "BLOCK_N": plan.down.block_n
+    }  # fmt: skip
+
+
+def _pdl(on: bool, device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"PDL": False}
+    on = on and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"PDL": on, "launch_pdl": on}
 
 
 def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
@@ -85,48 +114,52 @@ def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
     chunk = min(plan.pairs, triton.next_power_of_2(ids.numel()))
     by_pair = chunk < experts
     slots = min(chunk, ids.numel()) if by_pair else experts
-    routing = dict(TOP_K=top_k, PAIRS=chunk, BY_PAIR=by_pair, **_pdl(plan, hidden.device))
+    routing = {"PAIRS": chunk, "BY_PAIR": by_pair}
+    weights, args = _gate_up(problem, plan)
     gate_up_few_kernel[(triton.cdiv(inner, plan.gate_up.block_n), slots)](
-        hidden, ids, problem.valid_tokens, problem.gate_up, _or(problem.gate_up_bias, problem.gate_up), act,
+        hidden, ids, problem.valid_tokens, weights, _or(problem.gate_up_bias, problem.gate_up), act,
         rows, hidden.stride(0), problem.expert_start, experts, width, inner, form.alpha or 0.0, form.limit or 0.0,
-        **routing, **_form_args(problem), **_tile_args(plan.gate_up, width),
+        **routing, **args, **_pdl(plan.pdl, hidden.device),
     )  # fmt: skip
+    weights, args = _down(problem, plan)
     down_few_kernel[(triton.cdiv(width, plan.down.block_n), slots)](
-        act, ids, problem.valid_tokens, problem.down, _or(problem.down_bias, problem.down), pairs,
+        act, ids, problem.valid_tokens, weights, _or(problem.down_bias, problem.down), pairs,
         rows, problem.expert_start, experts, width, inner,
-        TRANSPOSED=form.transposed, HAS_BIAS=problem.down_bias is not None, **routing,
-        **_tile_args(plan.down, inner),
+        TOP_K=top_k, **routing, **args, **_pdl(plan.pdl, hidden.device),
     )  # fmt: skip
 
 
-def _run_many(problem: Problem, plan: Plan, pairs: Tensor, programs: int) -> None:
+def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
     hidden, ids, form = problem.hidden, problem.topk_ids, problem.form
-    width, inner, experts = hidden.shape[1], problem.inner, problem.gate_up.shape[0]
-    if plan.gate_up.block_m != plan.down.block_m:
+    width, inner, experts, block = hidden.shape[1], problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
+    if block != plan.down.block_m:
         raise AssertionError(f"both GEMMs share the blocks of align: {plan}")
-    aligned = launch_align(ids, problem.valid_tokens, plan.gate_up.block_m, experts, problem.expert_start)
-    act = hidden.new_empty(aligned[0].numel(), inner)
-    gate_up_many_kernel[(programs,)](
-        hidden, *aligned, problem.gate_up, _or(problem.gate_up_bias, problem.gate_up), act,
-        ids.numel(), hidden.stride(0), width, inner, form.alpha or 0.0, form.limit or 0.0,
-        TOP_K=ids.shape[1], GROUP=plan.group, **_form_args(problem), **_tile_args(plan.gate_up, width),
+    aligned = launch_align(ids, problem.valid_tokens, block, experts, problem.expert_start)
+    positions = aligned[0].numel()
+    act = hidden.new_empty(positions, inner)
+    common = {"GROUP": plan.group, "SMALL_M": plan.small_m or block}
+    weights, args = _gate_up(problem, plan)
+    tiles = positions // block * triton.cdiv(inner, plan.gate_up.block_n)
+    gate_up_many_kernel[(min(tiles, sms * plan.programs),)](
+        hidden, *aligned, weights, _or(problem.gate_up_bias, problem.gate_up), act,
+        ids.numel(), hidden.stride(0), width, inner, form.alpha or 0.0, form.limit or 0.0, **common, **args,
     )  # fmt: skip
-    down_many_kernel[(programs,)](
-        act, *aligned, problem.down, _or(problem.down_bias, problem.down), pairs,
-        ids.numel(), width, inner,
-        TRANSPOSED=form.transposed, HAS_BIAS=problem.down_bias is not None, GROUP=plan.group,
-        **_tile_args(plan.down, inner),
+    weights, args = _down(problem, plan)
+    tiles = positions // block * triton.cdiv(width, plan.down.block_n)
+    down_many_kernel[(min(tiles, sms * plan.programs),)](
+        act, *aligned, weights, _or(problem.down_bias, problem.down), pairs,
+        ids.numel(), width, inner, **common, **args,
     )  # fmt: skip
 
 
 def _sum_pairs(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
     (rows, width), block = problem.hidden.shape, 1024 if problem.hidden.shape[1] >= 1024 else 256
     tiles = triton.cdiv(width, block)
-    pdl = _pdl(plan if plan.pairs else Plan(plan.gate_up, plan.down, pdl=False), problem.hidden.device)
     topk_sum_kernel[(min(rows, max(16 * sms // tiles, 1)), tiles)](
         pairs, problem.topk_ids, problem.topk_weights, problem.valid_tokens, problem.out, problem.out.stride(0),
         rows, width, problem.expert_start, problem.gate_up.shape[0],
-        TOP_K=problem.topk_ids.shape[1], BLOCK_H=block, num_warps=4, **pdl,
+        TOP_K=problem.topk_ids.shape[1], BLOCK_H=block, num_warps=4,
+        **_pdl(plan.pdl and plan.pairs > 0, problem.hidden.device),
     )  # fmt: skip
 
 
@@ -145,5 +178,5 @@ def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: 
     if plan.pairs:
         _run_few(problem, plan, pairs)
     else:
-        _run_many(problem, plan, pairs, sms * plan.programs)
+        _run_many(problem, plan, pairs, sms)
     _sum_pairs(problem, plan, pairs, sms)

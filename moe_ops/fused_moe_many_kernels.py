@@ -22,49 +22,93 @@ def grouped_tile(index, num_blocks, num_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def gate_up_many_kernel(
-    x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w_ptr, bias_ptr, act_ptr,
+    x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, act_ptr,
     num_pairs, x_stride, hidden, inner, alpha, limit,
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, SMALL_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent."""
+    """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent.
+
+    A block with at most SMALL_M live rows, the last of its expert, is computed as one of SMALL_M rows.
+    """
     num_blocks = tl.load(total_ptr) // BLOCK_M
     num_tiles = tl.cdiv(inner, BLOCK_N)
-    width = 2 * inner if GATED else inner
     for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)
-        position = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        pairs = tl.load(sorted_ptr + position)
-        rows = pairs < num_pairs
-        inner_rows = gate_up_tile(
-            x_ptr, (pairs // TOP_K).to(tl.int64) * x_stride, rows, w_ptr + expert.to(tl.int64) * hidden * width,
-            bias_ptr + expert * width, tile, hidden, inner, alpha, limit,
-            ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-        )  # fmt: skip
-        store_tile(act_ptr, position, rows, tile, inner, inner_rows, BLOCK_N)
+        first = block.to(tl.int64) * BLOCK_M
+        if SMALL_M < BLOCK_M and tl.load(sorted_ptr + first + SMALL_M) >= num_pairs:
+            _gate_up_block(
+                x_ptr, sorted_ptr, first, w, bias_ptr, act_ptr, expert, tile, num_pairs, x_stride, hidden, inner,
+                alpha, limit, TOP_K, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP,
+                SMALL_M, BLOCK_N, BLOCK_K, EVEN_K,
+            )  # fmt: skip
+        else:
+            _gate_up_block(
+                x_ptr, sorted_ptr, first, w, bias_ptr, act_ptr, expert, tile, num_pairs, x_stride, hidden, inner,
+                alpha, limit, TOP_K, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _gate_up_block(
+    x_ptr, sorted_ptr, first, w, bias_ptr, act_ptr, expert, tile, num_pairs, x_stride, hidden, inner, alpha, limit,
+    TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    position = first + tl.arange(0, BLOCK_M)
+    pairs = tl.load(sorted_ptr + position)
+    rows = pairs < num_pairs
+    inner_rows = gate_up_tile(
+        x_ptr, (pairs // TOP_K).to(tl.int64) * x_stride, rows, w, bias_ptr, expert, tile, hidden, inner, alpha, limit,
+        ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    store_tile(act_ptr, position, rows, tile, inner, inner_rows, BLOCK_N)
 
 
 @triton.jit
 def down_many_kernel(
-    act_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w_ptr, bias_ptr, out_ptr,
+    act_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, out_ptr,
     num_pairs, hidden, inner,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, SMALL_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``out[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent."""
+    """``out[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent; SMALL_M as above."""
     num_blocks = tl.load(total_ptr) // BLOCK_M
     num_tiles = tl.cdiv(hidden, BLOCK_N)
     for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)
-        position = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        pairs = tl.load(sorted_ptr + position)
-        rows = pairs < num_pairs
-        acc = down_tile(
-            act_ptr, position * inner, rows, w_ptr + expert.to(tl.int64) * hidden * inner,
-            bias_ptr + expert * hidden, tile, hidden, inner,
-            TRANSPOSED, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-        )  # fmt: skip
-        store_tile(out_ptr, pairs.to(tl.int64), rows, tile, hidden, acc, BLOCK_N)
+        first = block.to(tl.int64) * BLOCK_M
+        if SMALL_M < BLOCK_M and tl.load(sorted_ptr + first + SMALL_M) >= num_pairs:
+            _down_block(
+                act_ptr, sorted_ptr, first, w, bias_ptr, out_ptr, expert, tile, num_pairs, hidden, inner,
+                TRANSPOSED, HAS_BIAS, TMA, SWAP, SMALL_M, BLOCK_N, BLOCK_K, EVEN_K,
+            )  # fmt: skip
+        else:
+            _down_block(
+                act_ptr, sorted_ptr, first, w, bias_ptr, out_ptr, expert, tile, num_pairs, hidden, inner,
+                TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _down_block(
+    act_ptr, sorted_ptr, first, w, bias_ptr, out_ptr, expert, tile, num_pairs, hidden, inner,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    position = first + tl.arange(0, BLOCK_M)
+    pairs = tl.load(sorted_ptr + position)
+    rows = pairs < num_pairs
+    acc = down_tile(
+        act_ptr, position * inner, rows, w, bias_ptr, expert, tile, hidden, inner,
+        TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    store_tile(out_ptr, pairs.to(tl.int64), rows, tile, hidden, acc, BLOCK_N)
