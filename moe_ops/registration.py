@@ -8,11 +8,21 @@ import torch
 
 LIBRARY = torch.library.Library("moe_ep", "DEF")
 
+# Ranks meet inside the communication ops, so a compiler must keep their number and order. On: each is an
+# ordered effect (a token threads through the graph). Off: only data dependence orders them.
+ORDERED_EFFECTS = True
+
 
 def register_op(
-    schema: str, *, fake: Callable, cpu: Callable, cuda: Callable, tags: tuple[torch.Tag, ...] = ()
+    schema: str,
+    *,
+    fake: Callable,
+    cpu: Callable,
+    cuda: Callable,
+    tags: tuple[torch.Tag, ...] = (),
+    ordered: bool = False,
 ) -> torch._ops.OpOverload:
-    """Define ``moe_ep::<schema>`` and return its overload.
+    """Define ``moe_ep::<schema>`` and return its overload. ``ordered``: an op in which ranks meet.
 
     ``fake`` gives the outputs' shapes from meta tensors alone and runs the same checks as the two
     implementations. Outputs are fresh tensors: no implementation may return an input, a view of
@@ -24,4 +34,15 @@ def register_op(
     LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"moe_ep::{name}", fake, lib=LIBRARY)
     base, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.moe_ep, base), overload or "default")
+    op = getattr(getattr(torch.ops.moe_ep, base), overload or "default")
+    if ordered and ORDERED_EFFECTS:
+        _declare_ordered(op)
+    return op
+
+
+def _declare_ordered(op: torch._ops.OpOverload) -> None:
+    from torch._higher_order_ops import effects
+
+    # _EffectType is torch <= 2.11's name, EffectType the later one
+    kind = getattr(effects, "_EffectType", None) or effects.EffectType
+    effects._register_effectful_op(op, kind.ORDERED)

@@ -1,0 +1,120 @@
+"""Device code of ``rsv_combine``: own expert output into the own slot, meet, sum own rows over all ranks."""
+
+import triton
+import triton.language as tl
+
+from .barrier import enter, leave, live_rows, signal, wait
+from .chunks import first_unit, gather_chunk, row_chunks, scatter_chunk, slot_offset
+from .ptx import load_chunk, reduce_chunk, round_pair, store_chunk
+from .symmetric import OP_CODES
+
+_OP = tl.constexpr(OP_CODES["rsv_combine"])
+
+
+@triton.jit
+def _floats(chunk, DTYPE: tl.constexpr):
+    """The fp32 values of a chunk: 4 of fp32, 8 of bf16 or fp16."""
+    values = ()
+    for i in tl.static_range(4):
+        word = chunk[i]
+        if DTYPE == tl.float32:
+            values = values + (word.to(tl.float32, bitcast=True),)
+        elif DTYPE == tl.bfloat16:
+            values = values + ((word << 16).to(tl.float32, bitcast=True),)
+            values = values + ((word & -65536).to(tl.float32, bitcast=True),)
+        else:
+            values = values + (word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),)
+            values = values + ((word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _add(left, right, COUNT: tl.constexpr):
+    total = ()
+    for i in tl.static_range(COUNT):
+        total = total + (left[i] + right[i],)
+    return total
+
+
+@triton.jit
+def _sum_over_ranks(bases, multicast_base, offset, mask, W: tl.constexpr, DTYPE: tl.constexpr, MULTICAST: tl.constexpr):
+    """fp32 values of one chunk summed over all ranks: in rank order, all loads in flight before the first addition."""
+    COUNT: tl.constexpr = 4 if DTYPE == tl.float32 else 8
+    if MULTICAST:
+        total = _floats(reduce_chunk(multicast_base + offset, mask, DTYPE), DTYPE)
+    else:
+        loaded = ()
+        for rank in tl.static_range(W):
+            loaded = loaded + (load_chunk(bases[rank] + offset, mask),)
+        total = _floats(loaded[0], DTYPE)
+        for rank in tl.static_range(1, W):
+            total = _add(total, _floats(loaded[rank], DTYPE), COUNT)
+    return total
+
+
+@triton.jit
+def _store_octet(out, row, octet, values, mask, ALIGNED: tl.constexpr):
+    """Eight fp32 values a lane, rounded to the output's dtype once, to elements ``8 * octet ...`` of ``row``."""
+    OUT: tl.constexpr = out.data.dtype.element_ty
+    words = ()
+    if OUT == tl.float32:
+        for i in tl.static_range(8):
+            words = words + (values[i].to(tl.int32, bitcast=True),)
+        for half in tl.static_range(2):
+            chunk = octet * 2 + half
+            inside = mask & (chunk < row_chunks(out))
+            part = (words[4 * half], words[4 * half + 1], words[4 * half + 2], words[4 * half + 3])
+            scatter_chunk(out, row, chunk, part, inside, ALIGNED)
+    else:
+        for i in tl.static_range(4):
+            words = words + (round_pair(values[2 * i], values[2 * i + 1], OUT),)
+        scatter_chunk(out, row, octet, words, mask, ALIGNED)
+
+
+@triton.jit
+def _combine_kernel(
+    peers, slots, source, out, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, num_rows,
+    W: tl.constexpr, N: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr,
+):  # fmt: skip
+    """Sum this rank's rows of ``source (M, H)`` over all ranks into ``out``. Grid: G programs.
+
+    A unit is N octets (8 elements) of a row; unit ``u`` of the global rows is program ``u mod G``'s on every
+    rank, in the copy and in the sum. Example: W = 2, counts 1 and 2; rank 1 copies its rows 0, 1, 2 into its
+    slot and returns ``out[0] = row 1 of rank 0 + row 1 of rank 1``, ``out[1]`` likewise from row 2.
+    """
+    DTYPE: tl.constexpr = source.data.dtype.element_ty
+    HALVES: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # chunks of an octet
+    lanes = tl.arange(0, N)
+    chunks = row_chunks(source)
+    octets = (source.length + 7) // 8
+    segments = (octets + N - 1) // N
+
+    epoch, poison = enter(peers)
+    most = tl.minimum(slots.rows, max_tokens)
+    t, valid, offset, poison = live_rows(peers, epoch, poison, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
+    slot = slot_offset(slots, epoch)
+    own = tl.load(peers.table + peers.rank) + slot
+    for unit in tl.range(first_unit(valid * 0), valid * segments, tl.num_programs(0)):
+        row, segment = unit // segments, (unit % segments).to(tl.int32)
+        for half in tl.static_range(HALVES):
+            chunk = (segment * N + lanes) * HALVES + half
+            data = gather_chunk(source, row, chunk, chunk < chunks, ALIGNED_IN)
+            store_chunk(own + row * (chunks * 16) + chunk * 16, data, chunk < chunks, False)
+    signal(peers, epoch, poison, t, W, MULTICAST)
+
+    bases = ()
+    for rank in tl.static_range(W):
+        bases = bases + (tl.load(peers.table + rank) + slot,)
+    _, ok = wait(peers, epoch, poison, _OP, W, MULTICAST)
+    live_end = tl.where(ok, offset + t, offset)
+    for unit in tl.range(first_unit(offset * segments), (offset + num_rows) * segments, tl.num_programs(0)):
+        row, segment = unit // segments, (unit % segments).to(tl.int32)
+        octet = segment * N + lanes
+        values = ()
+        for half in tl.static_range(HALVES):
+            chunk = octet * HALVES + half
+            inside = (chunk < chunks) & (row < live_end)
+            at = row * (chunks * 16) + chunk * 16
+            values = values + _sum_over_ranks(bases, peers.multicast + slot, at, inside, W, DTYPE, MULTICAST)
+        _store_octet(out, row - offset, octet, values, octet < octets, ALIGNED_OUT)
+    leave(peers, epoch)

@@ -1,0 +1,63 @@
+"""Grids of the communication kernels, and the views of tensors that they take."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .shapes import CHUNK_BYTES
+
+TABLE = Path(__file__).parent / "tables" / "comm.json"
+WARP = 32
+
+
+class Launch(NamedTuple):
+    """``blocks`` programs of ``warps`` warps; each handles ``chunks`` (N, at least 32 * warps) chunks of a row at once."""
+
+    blocks: int
+    warps: int
+    chunks: int
+
+
+_EMULATED = Launch(blocks=3, warps=1, chunks=64)  # the interpreter runs programs one by one; three show the order
+
+
+@cache
+def _table() -> dict[str, list[dict]]:
+    return json.loads(TABLE.read_text())
+
+
+def choose_launch(op: str, rows: int, row_bytes: int, device_type: str) -> Launch:
+    """The launch for ``rows`` (M, static) of ``row_bytes``: from values that every rank shares, never from T.
+
+    Takes the first entry of ``tables/comm.json`` whose ``max_bytes`` holds the batch; the table says where
+    it was measured.
+    """
+    if device_type != "cuda":
+        return _EMULATED
+    total = rows * row_bytes
+    entry = next(e for e in _table()[op] if e["max_bytes"] is None or total <= e["max_bytes"])
+    return Launch(entry["blocks"], entry["warps"], entry["chunks"])
+
+
+def rows_of(tensor: Tensor) -> tuple:
+    """``tensor`` (2-D) as ``chunks.Rows``."""
+    from .chunks import Rows
+
+    size = tensor.element_size()
+    return Rows(tensor, tensor.stride(0) * size, tensor.stride(1) * size, tensor.shape[1])
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether every 16-byte chunk of a row is 16 aligned bytes of memory."""
+    size = tensor.element_size()
+    return (
+        (tensor.stride(1) == 1 or tensor.shape[1] == 1)
+        and tensor.data_ptr() % CHUNK_BYTES == 0
+        and tensor.stride(0) * size % CHUNK_BYTES == 0
+        and tensor.shape[1] * size % CHUNK_BYTES == 0
+    )

@@ -1,0 +1,105 @@
+"""Device code of ``agv_dispatch``: push own rows to every rank, meet, copy all rows out."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .barrier import enter, leave, live_rows, signal, wait
+from .chunks import first_unit, gather_chunk, row_chunks, scatter_chunk, slot_offset
+from .ptx import load_chunk, store_chunk
+from .symmetric import OP_CODES
+
+_OP = tl.constexpr(OP_CODES["agv_dispatch"])
+
+
+class Batch(NamedTuple):
+    """``chunks.Rows`` of hidden states, ids and weights."""
+
+    hidden: object
+    ids: object
+    weights: object
+
+
+@triton.jit
+def _destinations(peers, offset, W: tl.constexpr, MULTICAST: tl.constexpr):
+    """Base addresses to store to: one multicast address, or every rank's, starting with the next one."""
+    if MULTICAST:
+        bases = (peers.multicast + offset,)
+    else:
+        bases = ()
+        for step in tl.static_range(1, W + 1):
+            bases = bases + (tl.load(peers.table + (peers.rank + step) % W) + offset,)
+    return bases
+
+
+@triton.jit
+def _publish(bases, offset, data, mask, COUNT: tl.constexpr, MULTICAST: tl.constexpr):
+    for destination in tl.static_range(COUNT):
+        store_chunk(bases[destination] + offset, data, mask, MULTICAST)
+
+
+@triton.jit
+def _clear_ids(ids, start, stop, N: tl.constexpr):
+    """-1 into elements ``[start, stop)`` of the contiguous output ``ids``."""
+    lanes = tl.arange(0, N)
+    for base in tl.range(start + tl.program_id(0) * N, stop, tl.num_programs(0) * N):
+        element = base + lanes
+        tl.store(ids.data + element, (lanes * 0 - 1).to(ids.data.dtype.element_ty), mask=element < stop)
+
+
+@triton.jit
+def _dispatch_kernel(
+    peers, slots, source, out, local_tokens_ptr, metadata_ptr, row_limit, max_tokens,
+    W: tl.constexpr, N: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr,
+):  # fmt: skip
+    """Gather all ranks' live rows into ``out``. Grid: G programs; unit ``u`` of the global rows is ``u mod G``'s.
+
+    A row is ``segments`` units: N chunks of hidden states each, and a last one for ids and weights.
+    Example: W = 2, counts 1 and 2, H = 16 bf16 (2 chunks), G = 4: two units a row; rank 1 pushes rows 1
+    and 2 of the gathered batch as units 2, 3 (programs 2, 3) and 4, 5 (programs 0, 1).
+    """
+    DESTINATIONS: tl.constexpr = 1 if MULTICAST else W
+    lanes = tl.arange(0, N)
+    hidden_chunks, id_chunks = row_chunks(source.hidden), row_chunks(source.ids)
+    weight_chunks = row_chunks(source.weights)
+    weights_at = hidden_chunks + id_chunks
+    row_bytes = (weights_at + weight_chunks) * 16
+    segments = (hidden_chunks + N - 1) // N + 1
+
+    epoch, poison = enter(peers)
+    most = tl.minimum(slots.rows, max_tokens)
+    t, valid, offset, poison = live_rows(peers, epoch, poison, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
+    slot = slot_offset(slots, epoch)
+    bases = _destinations(peers, slot, W, MULTICAST)
+    for unit in tl.range(first_unit(offset * segments), (offset + t) * segments, tl.num_programs(0)):
+        row, segment = unit // segments, (unit % segments).to(tl.int32)
+        local, target = row - offset, row * row_bytes
+        if segment < segments - 1:
+            chunk = segment * N + lanes
+            inside = chunk < hidden_chunks
+            data = gather_chunk(source.hidden, local, chunk, inside, ALIGNED_IN)
+            _publish(bases, target + chunk * 16, data, inside, DESTINATIONS, MULTICAST)
+        else:
+            ids = gather_chunk(source.ids, local, lanes, lanes < id_chunks, False)
+            weights = gather_chunk(source.weights, local, lanes, lanes < weight_chunks, False)
+            _publish(bases, target + (hidden_chunks + lanes) * 16, ids, lanes < id_chunks, DESTINATIONS, MULTICAST)
+            _publish(bases, target + (weights_at + lanes) * 16, weights, lanes < weight_chunks, DESTINATIONS, MULTICAST)
+    signal(peers, epoch, poison, t, W, MULTICAST)
+    _clear_ids(out.ids, valid * out.ids.length, (valid * 0 + max_tokens) * out.ids.length, N)
+
+    _, ok = wait(peers, epoch, poison, _OP, W, MULTICAST)
+    own = tl.load(peers.table + peers.rank) + slot
+    for unit in tl.range(first_unit(valid * 0), tl.where(ok, valid * segments, 0), tl.num_programs(0)):
+        row, segment = unit // segments, (unit % segments).to(tl.int32)
+        origin = own + row * row_bytes
+        if segment < segments - 1:
+            chunk = segment * N + lanes
+            inside = chunk < hidden_chunks
+            scatter_chunk(out.hidden, row, chunk, load_chunk(origin + chunk * 16, inside), inside, ALIGNED_OUT)
+        else:
+            ids = load_chunk(origin + (hidden_chunks + lanes) * 16, lanes < id_chunks)
+            weights = load_chunk(origin + (weights_at + lanes) * 16, lanes < weight_chunks)
+            scatter_chunk(out.ids, row, lanes, ids, lanes < id_chunks, False)
+            scatter_chunk(out.weights, row, lanes, weights, lanes < weight_chunks, False)
+    leave(peers, epoch)

@@ -1,0 +1,105 @@
+"""Memory that several CPU processes share, in place of torch symmetric memory.
+
+Each rank makes one file in ``/dev/shm`` and maps those of all ranks. The names are unlinked as soon as
+everybody has mapped them, so nothing stays behind however a process ends. The multicast address is an
+inaccessible mapping of the same size: it means something to the PTX machine only, and a plain access
+to it faults.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import uuid
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..symmetric import SymmetricBuffer
+from . import machine
+
+SHARED_FOLDER = "/dev/shm"
+SETUP_TIMEOUT = timedelta(seconds=60)
+
+
+def allocate_shared(store: dist.Store, rank: int, world_size: int, nbytes: int, key: str) -> SymmetricBuffer:
+    """``nbytes`` zeroed bytes on each of ``world_size`` ranks, mapped by all; collective over ``store``.
+
+    ``key`` is unique to this allocation in ``store`` and the same on all ranks.
+    """
+    path = f"{SHARED_FOLDER}/moe_ep_{os.getpid()}_{uuid.uuid4().hex}"
+    own = _create(path, nbytes)
+    try:
+        store.set(f"{key}/path/{rank}", path)
+        paths = [store.get(f"{key}/path/{peer}").decode() for peer in range(world_size)]
+        maps = [own if peer == rank else _open(paths[peer], nbytes) for peer in range(world_size)]
+        store.set(f"{key}/mapped/{rank}", b"1")
+        store.wait([f"{key}/mapped/{peer}" for peer in range(world_size)], SETUP_TIMEOUT)
+    finally:
+        os.unlink(path)
+    return _as_buffer(maps, rank, nbytes)
+
+
+def make_buffer(group: dist.ProcessGroup, nbytes: int) -> SymmetricBuffer:
+    """``nbytes`` of shared memory on every rank of a CPU ``group`` (all on one machine); collective.
+
+    Also lets Triton's interpreter run our inline assembly in this process.
+    """
+    from ..transports import group_store
+
+    machine.install()
+    key = f"moe_ep/emulator/{group.group_name}/{_next_number(group.group_name)}"
+    return allocate_shared(group_store(group), group.rank(), group.size(), nbytes, key)
+
+
+_numbers: dict[str, int] = {}
+
+
+def _next_number(group_name: str) -> int:
+    """Allocations are collective, so that every rank counts alike."""
+    _numbers[group_name] = _numbers.get(group_name, -1) + 1
+    return _numbers[group_name]
+
+
+def _create(path: str, nbytes: int) -> mmap.mmap:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        os.ftruncate(descriptor, nbytes)
+        return mmap.mmap(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: str, nbytes: int) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def _as_buffer(maps: list[mmap.mmap], rank: int, nbytes: int) -> SymmetricBuffer:
+    tensors: list[Tensor] = [torch.frombuffer(entry, dtype=torch.uint8) for entry in maps]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    reserved = mmap.mmap(-1, nbytes, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    view = ctypes.c_char.from_buffer(reserved)
+    multicast = ctypes.addressof(view)
+    _forbid_access(multicast, nbytes)
+    machine.add_multicast_range(multicast, nbytes, addresses)
+    keep_alive = (tensors, reserved, view)
+
+    def release() -> None:
+        nonlocal keep_alive
+        machine.remove_multicast_range(multicast)
+        keep_alive = ()
+
+    return SymmetricBuffer(tensors[rank], torch.tensor(addresses, dtype=torch.int64), multicast, release)
+
+
+def _forbid_access(address: int, nbytes: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect failed")

@@ -1,0 +1,30 @@
+"""Device code of ``metadata_update``: the count of every rank travels inside the barrier's word."""
+
+import triton
+import triton.language as tl
+
+from .barrier import check_capacity, enter, leave, signal, wait
+from .ptx import LANES
+from .symmetric import OP_CODES
+
+_OP = tl.constexpr(OP_CODES["metadata_update"])
+
+
+@triton.jit
+def _metadata_kernel(peers, local_tokens_ptr, out_ptr, rank_capacity, W: tl.constexpr):
+    """``out = [sum of t, sum of t over lower ranks, largest t]``. Grid: one program, one warp.
+
+    Example: counts 3, 0, 5 on ranks 0, 1, 2; rank 2 gets ``[8, 3, 5]``.
+    """
+    lanes = tl.arange(0, LANES)
+    epoch, poison = enter(peers)
+    signal(peers, epoch, poison, tl.maximum(tl.load(local_tokens_ptr), 0), W, False)
+    payloads, ok = wait(peers, epoch, poison, _OP, W, False)
+    counts = tl.where((lanes < W) & ok, payloads, 0).to(tl.int32)
+    largest = tl.max(counts, axis=0)
+    bits = tl.where(counts > rank_capacity, (lanes * 0 + 1).to(tl.int64) << lanes.to(tl.int64), 0)
+    check_capacity(peers, epoch, poison, _OP, largest, rank_capacity, tl.sum(bits, axis=0))
+    tl.store(out_ptr, tl.sum(counts, axis=0))
+    tl.store(out_ptr + 1, tl.sum(tl.where(lanes < peers.rank, counts, 0), axis=0))
+    tl.store(out_ptr + 2, largest)
+    leave(peers, epoch)
