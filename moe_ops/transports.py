@@ -116,7 +116,7 @@ def candidates(requested: str, facts: list[RankFacts]) -> list[TransportChoice]:
 def symmetric_memory_available() -> bool:
     """Whether torch was built with symmetric memory for CUDA."""
     try:
-        import torch.distributed._symmetric_memory  # noqa: F401
+        import torch.distributed._symmetric_memory
     except ImportError:
         return False
     return torch.cuda.is_available()
