@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from moe_ops.transports import group_device
 from moe_ops.workspace import DEFAULT_TIMEOUT_S
 
 from . import hf_compat
@@ -78,7 +79,7 @@ def from_pretrained(
 
 def default_device(group: dist.ProcessGroup | None) -> torch.device:
     """The current CUDA device if the group's backend serves CUDA (or there is no group), else the CPU."""
-    cuda = torch.cuda.is_available() and (group is None or dist.get_backend(group) == "nccl")
+    cuda = torch.cuda.is_available() and (group is None or group_device(group).type == "cuda")
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
