@@ -35,7 +35,10 @@ class Census:
             yield
         except RuntimeError as error:
             deadline = started + self.timeout_s + GRACE_S
-            raise PeerTimeoutError(op, self.epoch, self._missing(deadline), self.timeout_s) from error
+            missing = self._missing(deadline)
+            if not missing:  # everyone is alive: the call itself was wrong
+                raise
+            raise PeerTimeoutError(op, self.epoch, missing, self.timeout_s) from error
         self.epoch += 1
 
     def _missing(self, deadline: float) -> list[int]:

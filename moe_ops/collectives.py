@@ -114,7 +114,7 @@ def _all_gather(ws: Workspace, tensor: Tensor, op: str) -> Tensor:
     if ws.world_size == 1:
         return tensor[None]
     out = tensor.new_empty(ws.world_size * tensor.shape[0], *tensor.shape[1:])  # gloo takes no stacked output
-    _bounded(ws, op, out, lambda: dist.all_gather_into_tensor(flat, tensor, group=ws.group, async_op=True))
+    _bounded(ws, op, out, lambda: dist.all_gather_into_tensor(out, tensor, group=ws.group, async_op=True))
     return out.view(ws.world_size, *tensor.shape)
 
 

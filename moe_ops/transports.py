@@ -45,9 +45,10 @@ class TransportChoice:
 
 
 def group_device(group: dist.ProcessGroup) -> torch.device:
-    """The device a group's ops run on: CUDA where its backend serves CUDA, else the CPU."""
-    types = {device.type for device in group._device_types}
-    return torch.device("cuda", torch.cuda.current_device()) if "cuda" in types else torch.device("cpu")
+    """The device a group's ops run on: CUDA where its backend is NCCL (alone or beside gloo), else the CPU."""
+    if "nccl" in dist.get_backend_config(group) and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def resolve_group(name: str) -> dist.ProcessGroup | None:

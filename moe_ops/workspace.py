@@ -93,8 +93,7 @@ class Workspace:
     def layout(self) -> Layout:
         """Where each region lies in the symmetric allocation."""
         config = self.config
-        itemsize = config.dtype.itemsize
-        return Layout(self.world_size, config.max_tokens_per_rank, config.hidden_size, config.top_k, itemsize)
+        return Layout(self.world_size, config.max_tokens_per_rank, config.hidden_size, config.top_k, config.dtype)
 
     @cached_property
     def census(self) -> Census:
