@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .workspace import Workspace
 
 COUNT_BYTES = 4  # one int32 live count
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
 
 
 def metadata_update(ws: Workspace, local_tokens: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def _all_gather(ws: Workspace, tensor: Tensor, op: str) -> Tensor:
     if ws.world_size == 1:
         return tensor[None]
     out = tensor.new_empty(ws.world_size * tensor.shape[0], *tensor.shape[1:])  # gloo takes no stacked output
-    _bounded(ws, op, out, lambda: dist.all_gather_into_tensor(out, tensor, group=ws.group, async_op=True))
+    _bounded(ws, op, out, lambda: _all_gather_flat(out, tensor, group=ws.group, async_op=True))
     return out.view(ws.world_size, *tensor.shape)
 
 
