@@ -32,7 +32,7 @@ def under_torchrun() -> bool:
 @contextmanager
 def process_group(device: torch.device, rank: int, world_size: int, init_method: str) -> Iterator[None]:
     """The default group for one rank: gloo on the CPU, NCCL on GPUs."""
-    backend = "cpu:gloo"  # plain "gloo" would claim the GPUs of the machine too
+    backend = "gloo"
     kwargs: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
