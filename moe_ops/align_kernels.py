@@ -84,5 +84,3 @@ def launch(
         BLOCK=block_size, CHUNK=chunk, BINS=triton.next_power_of_2(num_local_experts + 1),
         num_warps=8 if chunk > 512 else 4,
     )  # fmt: skip
-
-

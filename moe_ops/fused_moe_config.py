@@ -6,7 +6,7 @@ A plan changes speed, never the meaning: every plan is right for every live coun
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ class Plan:
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:
-        return Plan(**{**entry, "gate_up": Tiles(**entry["gate_up"]), "down": Tiles(**entry["down"])})
+        own = {field.name: entry[field.name] for field in fields(Plan) if field.name in entry}
+        return Plan(**own | {"gate_up": Tiles(**entry["gate_up"]), "down": Tiles(**entry["down"])})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

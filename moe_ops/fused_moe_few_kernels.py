@@ -36,11 +36,22 @@ def slot_expert(ids_ptr, chunk, num_pairs, slot, expert_start, num_experts, PAIR
 
 
 @triton.jit
-def block_pairs(rank, chunk, first, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Pair indices (int64) whose rank is ``first, first + 1, ...``: a one-hot sum, so no scratch memory."""
+def block_pairs(rank, chunk, first, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, ONE_HOT: tl.constexpr = 4096):
+    """Pair indices (int64) of ranks ``first ... first + BLOCK_M - 1``, and these ranks; no scratch memory.
+
+    Small tables are matched as a whole (32 registers a thread); larger ones bisect the running count.
+    """
     wanted = first + tl.arange(0, BLOCK_M)
-    at = tl.arange(0, PAIRS)
-    found = tl.sum(tl.where(rank[None, :] == wanted[:, None], at[None, :], 0), axis=1)
+    if PAIRS * BLOCK_M <= ONE_HOT:
+        at = tl.arange(0, PAIRS)
+        found = tl.sum(tl.where(rank[None, :] == wanted[:, None], at[None, :], 0), axis=1)
+    else:
+        reached = tl.cumsum((rank >= 0).to(tl.int32), 0)
+        found = tl.zeros((BLOCK_M,), tl.int32)  # grows to the first pair at which wanted + 1 is reached
+        step: tl.constexpr = PAIRS // 2
+        for bit in tl.static_range(PAIRS.bit_length() - 1):
+            probe = found + (step >> bit) - 1
+            found = tl.where(tl.gather(reached, probe, 0) <= wanted, probe + 1, found)
     return chunk + found.to(tl.int64), wanted
 
 

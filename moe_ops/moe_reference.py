@@ -77,9 +77,7 @@ def fused_moe_reference(
     for expert in present.tolist():
         slot, token = torch.where((ids == expert).T)
         projected = _project(hidden[token].to(wide), gate_up, gate_up_bias, expert, transposed)
-        inner = apply_activation(
-            projected, activation, alpha=alpha, limit=limit, gated=gated, interleaved=interleaved
-        )
+        inner = apply_activation(projected, activation, alpha=alpha, limit=limit, gated=gated, interleaved=interleaved)
         rows = _project(inner, down, down_bias, expert, transposed)
         out.index_add_(0, token, (rows * topk_weights[token, slot, None]).to(wide))
     return out.to(out_dtype or hidden.dtype)

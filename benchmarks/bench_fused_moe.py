@@ -1,0 +1,239 @@
+"""``fused_moe`` against the floor and against what others offer: correctness first, then time.
+
+One CUDA graph replay a sample, 256 MB written before each (cold L2), two events around it, nothing
+subtracted, the median reported. The floor is ``shapes.LayerShape.floor_us``.
+
+    python benchmarks/bench_fused_moe.py --peers --csv out.csv --plot out.png       # the whole registry
+    python benchmarks/bench_fused_moe.py --shapes mixtral --tokens 64,8192 --profile
+    python benchmarks/bench_fused_moe.py --tune table.json --seconds 280            # resumable
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import peers
+import torch
+from shapes import SHAPES, TOKENS, LayerShape, peer_fraction
+from torch import Tensor
+
+from moe_ops.fused_moe_config import Plan, Shape, choose_plan
+from moe_ops.fused_moe_tune import GraphTimer, Tuner, save_plan, tuned_already
+from moe_ops.moe_reference import fused_moe_reference
+
+MAX_ERROR = 4e-3  # bf16 against fp64
+SLACK_US = 10.0  # the aim where the floor is short
+
+
+@dataclass
+class Point:
+    """One line of the table."""
+
+    shape: str
+    tokens: int
+    us: float
+    floor_us: float
+    fraction: float
+    above_us: float
+    error: float
+    known_peer: float | None
+    grouped_mm_us: float | None = None
+    chain_us: float | None = None
+    invariant_us: float | None = None
+    plan: str = ""
+
+    def line(self) -> str:
+        ratio = f"{self.fraction / self.known_peer:5.2f}" if self.known_peer else "    -"
+        rivals = [us for us in (self.grouped_mm_us, self.chain_us) if us]
+        faster = f"{min(rivals) / self.us:5.2f}" if rivals else "    -"
+        invariant = f"{self.invariant_us / self.us:5.2f}" if self.invariant_us else "    -"
+        return (
+            f"{self.shape:16} {self.tokens:5d} {self.us:9.1f} {self.floor_us:9.1f} {self.fraction:6.3f} "
+            f"{self.above_us:8.1f} {self.error:9.1e} {ratio} {faster} {invariant} {'ok' if self.reached() else 'BELOW'}"
+        )
+
+    def reached(self) -> bool:
+        """The aims: close to the floor where it is short or set by memory, a fraction of it at many tokens."""
+        if self.tokens > 512:
+            wanted = 0.60 if self.tokens < 8192 or self.shape == "qwen3-30b-ep8" else 0.70
+            return self.fraction >= wanted
+        return self.above_us <= SLACK_US if self.floor_us < 100 else self.fraction >= 0.93
+
+
+HEADER = "shape            rows        us  floor us  frac.    above     error  vsref vsrun invar"
+
+
+def tuner_of(layer: LayerShape, tokens: int, timer: GraphTimer) -> Tuner:
+    shape = Shape(layer.local_experts, layer.top_k, layer.hidden, layer.inner, tokens)
+    return Tuner(shape, layer.experts, timer, torch.device("cuda"))
+
+
+def floor_of(layer: LayerShape, tuner: Tuner) -> float:
+    local = tuner.ids[tuner.ids < layer.local_experts]
+    return layer.floor_us(tuner.shape.tokens, local.numel(), local.unique().numel())
+
+
+def error_of(tuner: Tuner, got: Tensor) -> float:
+    """Relative error in the Frobenius norm, over at most 512 rows, against fp64."""
+    rows = torch.randperm(tuner.shape.tokens, device=got.device)[:512]
+    live = torch.tensor([rows.numel()], dtype=torch.int32, device=got.device)
+    inputs = tuner.hidden[rows].double(), tuner.ids[rows], tuner.weights[rows].double()
+    wanted = fused_moe_reference(*inputs, tuner.gate_up, tuner.down, live, 0, out_dtype=torch.float64)
+    return float((got[rows].double() - wanted).norm() / wanted.norm())
+
+
+def measure(layer: LayerShape, tokens: int, timer: GraphTimer, args: argparse.Namespace) -> Point:
+    tuner = tuner_of(layer, tokens, timer)
+    error = error_of(tuner, tuner.call(None))
+    if not error <= MAX_ERROR:
+        raise AssertionError(f"{layer.name} T={tokens}: relative error {error:.2e} > {MAX_ERROR}; not timed")
+    floor, us = floor_of(layer, tuner), timer.median_us(lambda: tuner.call(None), args.repeats)
+    plan = choose_plan(tuner.shape, torch.cuda.get_device_name())
+    point = Point(
+        layer.name, tokens, us, floor, floor / us, us - floor, error, peer_fraction(layer, tokens), plan=str(plan)
+    )
+    if args.invariant:
+        fixed = choose_plan(tuner.shape, "", batch_invariant=True)
+        point.invariant_us = timer.median_us(lambda: tuner.call(fixed), args.repeats)
+    if args.peers:
+        for name, make in (("grouped_mm_us", peers.transformers_grouped_mm), ("chain_us", peers.grouped_mm_chain)):
+            call = make(tuner.hidden, tuner.ids, tuner.weights, tuner.gate_up, tuner.down)
+            setattr(point, name, timer.median_us(call, args.repeats))
+    if args.profile:
+        profile(lambda: tuner.call(None), timer)
+    return point
+
+
+def profile(call: Callable[[], object], timer: GraphTimer, rounds: int = 5) -> None:
+    """Print the kernels of one call with their own time (eager, cold L2)."""
+    call()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as trace:
+        for _ in range(rounds):
+            timer.flush()
+            call()
+        torch.cuda.synchronize()
+    for event in trace.key_averages():
+        if "kernel" in event.key:
+            print(f"    {event.key[:60]:60} {event.device_time:8.1f} us")
+
+
+def tune_points(points: list[tuple[LayerShape, int]], timer: GraphTimer, args: argparse.Namespace) -> None:
+    """Fill the table at ``args.tune`` until the time is up; what is in it already is skipped."""
+    gpu, began = torch.cuda.get_device_name(), time.monotonic()
+    for layer, tokens in points:
+        shape = Shape(layer.local_experts, layer.top_k, layer.hidden, layer.inner, tokens)
+        if tuned_already(args.tune, shape):
+            continue
+        if time.monotonic() - began > args.seconds:
+            print(f"time is up before {layer.name} T={tokens}", flush=True)
+            return
+        tuner = tuner_of(layer, tokens, timer)
+        floor, started = floor_of(layer, tuner), time.monotonic()
+        plan, us = tuner.search(args.repeats, args.finalists)
+        error = error_of(tuner, tuner.call(plan))
+        if error <= MAX_ERROR:
+            save_plan(args.tune, gpu, shape, plan, us, "benchmarks/bench_fused_moe.py")
+        took = time.monotonic() - started
+        print(
+            f"{layer.name:16} {tokens:5d} {us:9.1f} us, floor {floor:8.1f}, {floor / us:.3f}, error {error:.1e}, "
+            f"{len(tuner.results)} plans in {took:.0f} s",
+            flush=True,
+        )
+        if args.verbose:
+            for each in sorted(tuner.results, key=tuner.results.__getitem__)[: args.verbose]:
+                print(f"    {tuner.results[each]:9.1f} {brief(each)}", flush=True)
+        del tuner
+        torch.cuda.empty_cache()
+
+
+def brief(plan: Plan) -> str:
+    """A plan on one line."""
+    tiles = [
+        f"{t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}{' swap' if t.swap else ''}"
+        for t in (plan.gate_up, plan.down)
+    ]
+    way = f"few {plan.pairs}" if plan.pairs else f"many g{plan.group} p{plan.programs} small{plan.small_m}"
+    return f"{way} pdl={int(plan.pdl)} tma={int(plan.tma)} | {tiles[0]} | {tiles[1]}"
+
+
+def plot(points: list[Point], path: Path) -> None:
+    """Time over floor, one line a shape, log-log; the diagonal is the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5.5))
+    for name in dict.fromkeys(point.shape for point in points):
+        mine = [point for point in points if point.shape == name]
+        axes.loglog([p.floor_us for p in mine], [p.us for p in mine], "o-", label=name)
+    low, high = min(p.floor_us for p in points) * 0.8, max(p.us for p in points) * 1.2
+    axes.loglog([low, high], [low, high], "k--", label="floor")
+    axes.set_xlabel("floor, us (bytes / 4.37 TB/s or flops / 786 TFLOP/s)")
+    axes.set_ylabel("measured, us (graph replay, cold L2)")
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def write_csv(points: list[Point], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(points[0])))
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in points)
+
+
+def summary(points: list[Point]) -> str:
+    ratios = [p.fraction / p.known_peer for p in points if p.known_peer]
+    mean = f"{statistics.geometric_mean(ratios):.2f} x the best peer figure" if ratios else ""
+    return f"{sum(p.reached() for p in points)} of {len(points)} points reach their aim; geometric mean {mean}"
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated names of benchmarks/shapes.py")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated row counts")
+    parser.add_argument("--repeats", type=int, default=20, help="replays a sample")
+    parser.add_argument("--seconds", type=float, default=240, help="no new point is begun after this long")
+    parser.add_argument("--peers", action="store_true", help="time transformers' grouped_mm and a chain, too")
+    parser.add_argument("--invariant", action="store_true", help="time the batch-invariant mode, too")
+    parser.add_argument("--profile", action="store_true", help="print each kernel's own time")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--tune", type=Path, metavar="TABLE", help="search plans and write them to this table")
+    parser.add_argument("--finalists", type=int, default=2, help="ways of launching whose tiles are searched")
+    parser.add_argument("--verbose", type=int, default=0, metavar="N", help="with --tune: print the N best plans")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args, timer = options(), GraphTimer(torch.device("cuda"))
+    wanted = [(SHAPES[s], int(t)) for s in args.shapes.split(",") for t in args.tokens.split(",")]
+    if args.tune:
+        args.repeats = min(args.repeats, 8)  # a search needs fewer samples than a table of results
+        tune_points(wanted, timer, args)
+        return
+    began, points = time.monotonic(), []
+    print(HEADER, flush=True)
+    for layer, tokens in wanted:
+        if time.monotonic() - began > args.seconds:
+            print(f"time is up before {layer.name} T={tokens}", flush=True)
+            break
+        points.append(measure(layer, tokens, timer, args))
+        print(points[-1].line(), flush=True)
+        torch.cuda.empty_cache()
+    print(summary(points))
+    if args.csv:
+        write_csv(points, args.csv)
+    if args.plot:
+        plot(points, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Measure plans of ``fused_moe`` on the GPU at hand and keep the best in a table. Never needed for correctness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from .fused_moe import launch_fused_moe
+from .fused_moe_config import FEW_PAIRS, TABLES, Plan, Shape, Tiles, default_plan, load_table, table_name
+
+FLUSH_BYTES = 256 << 20  # several times the L2 of an H200
+_SHARED_BYTES = 227 << 10  # of one SM of an H100 or H200
+_COMPILE_THREADS = 12
+
+
+class GraphTimer:
+    """Times a call as one CUDA graph replay with cold L2: 256 MB are written before each replay."""
+
+    def __init__(self, device: torch.device):
+        self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def flush(self) -> None:
+        self._flushed.zero_()
+
+    def samples(self, call: Callable[[], object], repeats: int) -> list[float]:
+        """Microseconds of ``repeats`` replays, between two events around each."""
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        for _ in range(2):
+            graph.replay()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for start, end in events:
+            self.flush()
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return [1e3 * start.elapsed_time(end) for start, end in events]
+
+    def median_us(self, call: Callable[[], object], repeats: int = 20) -> float:
+        return median(self.samples(call, repeats))
+
+
+def random_layer(
+    shape: Shape, total_experts: int, device: torch.device, seed: int = 0
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    """``(hidden, topk_ids, topk_weights)`` of uniform routing over all experts, and bf16 ``(gate_up, down)``."""
+    make = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, device=device, generator=make, dtype=torch.bfloat16) * scale
+
+    scores = torch.rand(shape.tokens, total_experts, device=device, generator=make)
+    weights, ids = scores.topk(shape.top_k, dim=-1)
+    gate_up = normal(shape.experts, 2 * shape.inner, shape.hidden, scale=shape.hidden**-0.5)
+    down = normal(shape.experts, shape.hidden, shape.inner, scale=shape.inner**-0.5)
+    return (normal(shape.tokens, shape.hidden), ids, weights / weights.sum(-1, keepdim=True)), (gate_up, down)
+
+
+def _fits(tiles: Tiles, parts: int) -> bool:
+    stage = (tiles.block_m + parts * tiles.block_n) * tiles.block_k * 2
+    return tiles.num_stages * stage <= _SHARED_BYTES - 2048
+
+
+def _few_tiles(rows: int, parts: int) -> Iterator[Tiles]:
+    """Weight-streaming tiles; ``parts`` 2 for gate and up, whose tile is twice as wide as ``block_n``."""
+    for wide, depth, stages in (
+        (64, 128, 3), (64, 128, 4), (64, 128, 6), (64, 256, 3), (64, 256, 5), (64, 64, 6), (64, 64, 10),
+        (128, 64, 4), (128, 64, 6), (128, 128, 3), (128, 128, 5), (256, 64, 4),
+    ):  # fmt: skip
+        yield Tiles(rows, wide // parts, depth, 8 if wide == 256 else 4, stages, swap=True)
+    if rows <= 32:
+        for wide, depth, stages in ((32, 128, 5), (32, 256, 3), (32, 256, 6), (64, 128, 4), (64, 256, 3)):
+            yield Tiles(rows, wide // parts, depth, 4, stages)
+
+
+def _many_tiles(rows: int, parts: int) -> Iterator[Tiles]:
+    warps = 8 if rows == 128 else 4
+    for wide, depth, stages in ((64, 128, 4), (128, 64, 4), (128, 128, 3), (128, 64, 3), (256, 64, 3), (256, 64, 4)):
+        for swap in (False, True) if rows < 128 else (False,):
+            yield Tiles(rows, wide // parts, depth, 8 if wide == 256 else warps, stages, swap=swap)
+
+
+def starting_plans(shape: Shape) -> Iterator[Plan]:
+    """One plan for each way of launching that may suit ``shape``; the tiles are varied from there."""
+    base, pairs = default_plan(shape), shape.tokens * shape.top_k
+    yield base
+    if base.pairs:
+        yield replace(base, pdl=False)
+    elif pairs <= 4 * FEW_PAIRS:
+        tiles = Tiles(64, 32, 128, 4, 4, swap=True)
+        yield Plan(tiles, replace(tiles, block_n=64), pairs=1 << (pairs - 1).bit_length())
+    if 256 <= pairs <= 16 * FEW_PAIRS:
+        for rows in (16, 32, 64):
+            tiles = Tiles(rows, 32, 128, 4, 4, swap=True)
+            yield Plan(tiles, replace(tiles, block_n=64), programs=3 if rows < 64 else 2)
+    if pairs >= 8 * shape.experts:
+        yield Plan(Tiles(64, 128, 64, 8, 4), Tiles(64, 256, 64, 8, 4))
+        for small, programs in ((0, 1), (64, 1)):
+            yield Plan(Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 4), small_m=small, programs=programs)
+        yield Plan(Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), small_m=64, programs=2)
+
+
+def neighbours(plan: Plan, which: str) -> Iterator[Plan]:
+    """``plan`` with other tiles for one of its two GEMMs (``which``: gate_up or down)."""
+    rows, parts = plan.gate_up.block_m, 2 if which == "gate_up" else 1
+    for tiles in _few_tiles(rows, parts) if plan.pairs or rows < 64 else _many_tiles(rows, parts):
+        if _fits(tiles, parts):
+            yield replace(plan, **{which: tiles})
+
+
+def launching_variants(plan: Plan) -> Iterator[Plan]:
+    """``plan`` with other persistent grids and L2 groups."""
+    if plan.pairs:
+        yield replace(plan, pdl=not plan.pdl)
+        return
+    for group in (1, 4, 8, 32):
+        yield replace(plan, group=group)
+    for programs in (1, 2, 3, 16):
+        yield replace(plan, programs=programs)
+
+
+class Tuner:
+    """Coordinate descent over plans for one shape: way of launching, first GEMM, second GEMM, grid."""
+
+    def __init__(self, shape: Shape, total_experts: int, timer: GraphTimer, device: torch.device):
+        self.shape, self._timer = shape, timer
+        (self.hidden, self.ids, self.weights), (self.gate_up, self.down) = random_layer(shape, total_experts, device)
+        self.live = torch.tensor([shape.tokens], dtype=torch.int32, device=device)
+        self._none = torch.zeros_like(self.live)
+        self.results: dict[Plan, float] = {}
+
+    def call(self, plan: Plan | None, live: Tensor | None = None) -> Tensor:
+        return launch_fused_moe(
+            self.hidden, self.ids, self.weights, self.gate_up, self.down, self.live if live is None else live, 0,
+            plan=plan, tokens_hint=self.shape.tokens,
+        )  # fmt: skip
+
+    def _compiles(self, plan: Plan) -> bool:
+        try:
+            self.call(plan, self._none)
+        except Exception as error:  # a candidate may exceed the registers or the shared memory of this GPU
+            print(f"  skipped {plan}: {str(error).splitlines()[0][:120]}", flush=True)
+            return False
+        return True
+
+    def best(self, plans: Iterable[Plan], repeats: int) -> Plan:
+        """Measure what was not measured yet; return the fastest of ``plans``."""
+        wanted = list(dict.fromkeys(plans))
+        fresh = [plan for plan in wanted if plan not in self.results]
+        with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+            works = list(pool.map(self._compiles, fresh))
+        torch.cuda.synchronize()
+        for plan, usable in zip(fresh, works, strict=True):
+            self.results[plan] = self._timer.median_us(lambda p=plan: self.call(p), repeats) if usable else float("inf")
+        return min(wanted, key=self.results.__getitem__)
+
+    def search(self, repeats: int = 8, finalists: int = 2) -> tuple[Plan, float]:
+        """The fastest plan found and its microseconds."""
+        starts = list(starting_plans(self.shape))
+        self.best(starts, repeats)
+        starts.sort(key=self.results.__getitem__)
+        for plan in starts[:finalists]:
+            for which in ("gate_up", "down"):
+                plan = self.best([plan, *neighbours(plan, which)], repeats)
+            self.best(launching_variants(plan), repeats)
+        plan = min(self.results, key=self.results.__getitem__)
+        return plan, self.results[plan]
+
+
+def save_plan(path: Path, gpu: str, shape: Shape, plan: Plan, microseconds: float, source: str) -> None:
+    """Add one entry to a table, which later calls read."""
+    table = json.loads(path.read_text()) if path.exists() else {"gpu": gpu, "plans": {}}
+    entry = plan.to_json() | {"us": round(microseconds, 2), "from": source}
+    plans = table["plans"].setdefault(shape.key(), {})
+    plans[str(shape.tokens)] = entry
+    table["plans"][shape.key()] = dict(sorted(plans.items(), key=lambda item: int(item[0])))
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    load_table.cache_clear()
+
+
+def tuned_already(path: Path, shape: Shape) -> bool:
+    return path.exists() and str(shape.tokens) in json.loads(path.read_text())["plans"].get(shape.key(), {})
+
+
+def tune(
+    shapes: Iterable[tuple[Shape, int]],
+    *,
+    out: Path | None = None,
+    source: str = "moe-ep tune",
+    progress: Callable[[str], None] = print,
+) -> Path:
+    """Tune every ``(shape, total experts)`` that the table at ``out`` lacks, one entry written at a time (so an
+    interrupted run resumes). Needs a CUDA device. Returns the table's path."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = torch.cuda.get_device_name(device)
+    path, timer = out or TABLES / f"{table_name(gpu)}.json", GraphTimer(device)
+    for shape, total_experts in shapes:
+        if tuned_already(path, shape):
+            progress(f"{shape.key()} T={shape.tokens}: already in {path.name}")
+            continue
+        tuner = Tuner(shape, total_experts, timer, device)
+        plan, microseconds = tuner.search()
+        save_plan(path, gpu, shape, plan, microseconds, source)
+        progress(f"{shape.key()} T={shape.tokens}: {microseconds:.1f} us, {len(tuner.results)} plans, {plan}")
+        del tuner
+        torch.cuda.empty_cache()
+    return path
