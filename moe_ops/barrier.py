@@ -11,13 +11,13 @@ writer: that is what two slots are for (docs/protocol.md).
 
 Pattern::
 
-    epoch, poison = enter(peers)
+    call = enter(peers, W)
     ... write slot epoch % 2 of the peers ...
-    signal(peers, epoch, poison, payload, W, MULTICAST)
+    signal(peers, call, payload, W, MULTICAST)
     ... anything that needs no peer ...
-    payloads, ok = wait(peers, epoch, poison, OP, W, MULTICAST)
+    payloads, ok = wait(peers, call, OP, W, MULTICAST)
     ... read, with trip counts that are 0 unless ok ...
-    leave(peers, epoch)
+    leave(peers, call)
 
 A word on the wire is ``tag << 32 | payload``. The tag is ``epoch + 1`` modulo 2^32; a rank that has
 given up sends ``epoch + 1 + ABORT`` and, as payload, the ranks that it missed. Words are never reset:
@@ -70,12 +70,23 @@ class Peers(NamedTuple):
     rank: int
 
 
+class Call(NamedTuple):
+    """One communication call, as its kernel knows it."""
+
+    epoch: object  # int64
+    poison: object  # int64: 0, or 1 << 32 | the ranks that were missed
+    table: object  # (LANES,) int64: address of the symmetric buffer on each rank
+    own: object  # int64: this rank's
+
+
 @triton.jit
-def enter(peers):
-    """This call's epoch, and the poison that an earlier one left (0: none). Both int64."""
+def enter(peers, W: tl.constexpr):
+    """The first thing in a kernel, so that these loads are over when the barrier needs them."""
+    lanes = tl.arange(0, LANES)
     epoch = tl.load(peers.state + 1 + tl.program_id(0))
     poison = tl.load(peers.state)
-    return epoch, poison
+    table = tl.load(peers.table + lanes, mask=lanes < W, other=0)
+    return Call(epoch, poison, table, tl.load(peers.table + peers.rank))
 
 
 @triton.jit
@@ -85,64 +96,63 @@ def _word_offset(epoch, W: tl.constexpr):
 
 
 @triton.jit
-def _fail(peers, failed, kind, op, epoch, ranks, amounts):
-    """Poison this workspace and tell the host, where ``failed``. Returns the poison."""
+def _fail(peers, call, failed, kind, op, ranks, amounts):
+    """Where ``failed``, poison the workspace and tell the host, unless it is poisoned already. Returns the poison."""
+    failed = failed & (call.poison == 0)
     poison = (1 << 32) | (ranks & 0xFFFFFFFF)
-    header = epoch * 0 + (kind | (op << 8))
+    header = call.epoch * 0 + (kind | (op << 8))
     record_failure(
-        failed.to(tl.int32), peers.state.to(tl.int64), poison, peers.record, header, epoch, ranks, amounts
+        failed.to(tl.int32), peers.state.to(tl.int64), poison, peers.record, header, call.epoch, ranks, amounts
     )
-    return tl.where(failed, poison, poison * 0)
+    return tl.where(failed, poison, call.poison)
 
 
 @triton.jit
-def check_capacity(peers, epoch, poison, op, rows, limit, ranks):
-    """Poison the workspace if ``rows > limit`` (scalars); ``ranks`` (int64 mask): whose rows. Returns the poison."""
-    failed = (rows > limit) & (poison == 0)
+def check_capacity(peers, call, op, rows, limit, ranks):
+    """Poison the workspace if ``rows > limit`` (scalars). ``ranks``: mask of whose rows, int64. Returns the call."""
     amounts = (rows.to(tl.int64) << 32) | limit
-    return poison | _fail(peers, failed, KIND_CAPACITY, op, epoch, ranks, amounts)
+    poison = _fail(peers, call, rows > limit, KIND_CAPACITY, op, ranks, amounts)
+    return Call(call.epoch, poison, call.table, call.own)
 
 
 @triton.jit
-def live_rows(peers, epoch, poison, op, local_tokens_ptr, metadata_ptr, row_limit, valid_limit):
-    """``(t, valid, offset, poison)``, int64. All counts are 0 in a poisoned workspace, which too many rows make it."""
-    t = tl.maximum(tl.load(local_tokens_ptr), 0)
-    valid = tl.load(metadata_ptr)
-    offset = tl.load(metadata_ptr + 1)
-    ranks = (epoch * 0 + 1) << peers.rank
-    poison = check_capacity(peers, epoch, poison, op, t, row_limit, ranks)
-    poison = check_capacity(peers, epoch, poison, op, valid, valid_limit, ranks)
-    poison = check_capacity(peers, epoch, poison, op, offset + t, valid, ranks)
-    alive = (poison == 0).to(tl.int64)
-    return t * alive, valid * alive, offset * alive, poison
+def live_rows(peers, call, op, local_tokens_ptr, metadata_ptr, row_limit, valid_limit):
+    """``(t, valid, offset, call)``. The counts are 0 in a poisoned workspace, and too many rows poison it."""
+    t = tl.maximum(tl.load(local_tokens_ptr), 0).to(tl.int64)
+    valid = tl.load(metadata_ptr).to(tl.int64)
+    offset = tl.load(metadata_ptr + 1).to(tl.int64)
+    rows = tl.where(t > row_limit, t, tl.where(valid > valid_limit, valid, offset + t))
+    limit = tl.where(t > row_limit, row_limit, tl.where(valid > valid_limit, valid_limit, valid))
+    call = check_capacity(peers, call, op, rows, limit, (call.epoch * 0 + 1) << peers.rank)
+    alive = (call.poison == 0).to(tl.int64)
+    return (t * alive).to(tl.int32), (valid * alive).to(tl.int32), (offset * alive).to(tl.int32), call
 
 
 @triton.jit
-def _send(peers, epoch, tag, payload, mask, W: tl.constexpr, FIRST_WARP: tl.constexpr):
+def _send(peers, call, tag, payload, mask, W: tl.constexpr, FIRST_WARP: tl.constexpr):
     lanes = tl.arange(0, LANES)
-    live = (lanes < W) & mask
-    address = tl.load(peers.table + lanes, mask=lanes < W, other=0) + _word_offset(epoch, W) + peers.rank * 8
-    word = (lanes * 0).to(tl.int64) + ((tag << 32) | (payload & 0xFFFFFFFF))
+    address = call.table + _word_offset(call.epoch, W) + peers.rank * 8
+    word = call.table * 0 + ((tag << 32) | (payload & 0xFFFFFFFF))
     if FIRST_WARP:
-        signal_word(address, word, live)
+        signal_word(address, word, (lanes < W) & mask)
     else:
-        abort_word(address, word, live)
+        abort_word(address, word, (lanes < W) & mask)
 
 
 @triton.jit
-def signal(peers, epoch, poison, payload, W: tl.constexpr, MULTICAST: tl.constexpr):
+def signal(peers, call, payload, W: tl.constexpr, MULTICAST: tl.constexpr):
     """Publish what this block wrote, and ``payload`` (scalar, 32 bits), to the namesake block of every rank."""
     if MULTICAST:
         fence_aliases(tl.program_id(0))
     tl.debug_barrier()  # the whole block's stores come before the release below
-    given_up = poison != 0
-    tag = epoch + 1 + tl.where(given_up, ABORT, 0).to(tl.int64)
-    _send(peers, epoch, tag, tl.where(given_up, poison, payload.to(tl.int64)), True, W, True)
+    given_up = call.poison != 0
+    tag = call.epoch + 1 + tl.where(given_up, ABORT, 0).to(tl.int64)
+    _send(peers, call, tag, tl.where(given_up, call.poison, payload.to(tl.int64)), True, W, True)
 
 
 @triton.jit
 def _verdict(word, epoch, live):
-    """0 everyone is here, 1 somebody is late, 2 somebody gave up: scalar and by lane."""
+    """What the words say, at worst and by lane: ``_HERE``, ``_LATE`` or ``_ABORTED``."""
     ahead = ((word >> 32) - (epoch + 1)).to(tl.int32)
     each = tl.where(ahead < 0, _LATE, tl.where(ahead >= ABORT // 2, _ABORTED, _HERE))
     each = tl.where(live, each, _HERE)
@@ -155,45 +165,44 @@ def _unite(a, b):
 
 
 @triton.jit
-def _give_up(peers, epoch, poison, op, verdict, each, word, W: tl.constexpr):
+def _give_up(peers, call, op, verdict, each, word, W: tl.constexpr):
     """Record whom we missed (or whom the ranks that gave up missed), and let the peers know."""
-    lanes = tl.arange(0, LANES)
-    bit = (lanes * 0 + 1).to(tl.int64) << lanes.to(tl.int64)
+    bit = (call.table * 0 + 1) << tl.arange(0, LANES).to(tl.int64)
     late = tl.reduce(tl.where(each == _LATE, bit, 0), 0, _unite)
     quitters = tl.reduce(tl.where(each == _ABORTED, bit, 0), 0, _unite)
     told = tl.reduce(tl.where(each == _ABORTED, word & 0xFFFFFFFF, 0), 0, _unite)
     missed = tl.where(verdict == _LATE, late, told)
-    kind = tl.where(missed == 0, KIND_ABORTED, KIND_TIMEOUT).to(tl.int64)
-    fresh = poison == 0
-    _fail(peers, fresh, kind, op, epoch, tl.where(missed == 0, quitters, missed), epoch * 0)
-    _send(peers, epoch, epoch + 1 + ABORT, missed, fresh, W, False)
+    kind = tl.where(missed == 0, KIND_ABORTED, KIND_TIMEOUT)
+    ranks = tl.where(missed == 0, quitters, missed)
+    _fail(peers, call, verdict != _HERE, kind, op, ranks, ranks * 0)
+    _send(peers, call, call.epoch + 1 + ABORT, missed, call.poison == 0, W, False)
 
 
 @triton.jit
-def wait(peers, epoch, poison, op, W: tl.constexpr, MULTICAST: tl.constexpr):
+def wait(peers, call, op, W: tl.constexpr, MULTICAST: tl.constexpr):
     """Wait for the namesake block of every rank: ``(payloads (LANES,) int64, ok)``.
 
     ``ok`` may differ between warps; payloads of ranks that did not arrive are unspecified.
     """
     lanes = tl.arange(0, LANES)
     live = lanes < W
-    address = tl.load(peers.table + peers.rank) + _word_offset(epoch, W) + lanes * 8
-    limit = tl.where(poison == 0, peers.timeout, 0).to(tl.int64)
-    word = poll_word(address, live)
-    verdict, each = _verdict(word, epoch, live)
+    address = call.own + _word_offset(call.epoch, W) + lanes * 8
+    limit = tl.where(call.poison == 0, peers.timeout, 0).to(tl.int64)
     start = device_clock()
+    word = poll_word(address, live)
+    verdict, each = _verdict(word, call.epoch, live)
     while (verdict == _LATE) & (device_clock() - start < limit):
         word = poll_word(address, live)
-        verdict, each = _verdict(word, epoch, live)
+        verdict, each = _verdict(word, call.epoch, live)
     if verdict != _HERE:  # one verdict a warp, and nothing inside synchronises the block
-        _give_up(peers, epoch, poison, op, verdict, each, word, W)
+        _give_up(peers, call, op, verdict, each, word, W)
     if MULTICAST:
         fence_aliases(tl.program_id(0))
-    return word & 0xFFFFFFFF, (verdict == _HERE) & (poison == 0)
+    return word & 0xFFFFFFFF, (verdict == _HERE) & (call.poison == 0)
 
 
 @triton.jit
-def leave(peers, epoch):
+def leave(peers, call):
     """Advance the epoch: block ``b`` of ``G`` writes the words of all blocks that are ``b`` modulo ``G``.
 
     So the words agree after any grid, without a last block that has to know it is the last. Every
@@ -201,4 +210,4 @@ def leave(peers, epoch):
     """
     blocks = tl.arange(0, MAX_BLOCKS)
     mine = blocks % tl.num_programs(0) == tl.program_id(0)
-    tl.store(peers.state + 1 + blocks, blocks.to(tl.int64) * 0 + epoch + 1, mask=mine)
+    tl.store(peers.state + 1 + blocks, blocks.to(tl.int64) * 0 + call.epoch + 1, mask=mine)

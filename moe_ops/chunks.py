@@ -105,6 +105,6 @@ def scatter_chunk(rows, row, chunk, data, mask, ALIGNED: tl.constexpr):
 
 @triton.jit
 def first_unit(start):
-    """The first unit from ``start`` (int64) on that belongs to this program: unit ``u`` is program ``u mod G``'s."""
+    """The first unit from ``start`` (int32) on that belongs to this program: unit ``u`` is program ``u mod G``'s."""
     programs = tl.num_programs(0)
     return start + (tl.program_id(0) - start % programs + programs) % programs

@@ -5,18 +5,18 @@ import triton.language as tl
 
 from .barrier import enter, leave, live_rows, signal, wait
 from .chunks import first_unit, gather_chunk, row_chunks, scatter_chunk, slot_offset
-from .ptx import load_chunk, reduce_chunk, round_pair, store_chunk
+from .ptx import load_chunks, reduce_chunk, round_pair, store_chunk
 from .symmetric import OP_CODES
 
 _OP = tl.constexpr(OP_CODES["rsv_combine"])
 
 
 @triton.jit
-def _floats(chunk, DTYPE: tl.constexpr):
-    """The fp32 values of a chunk: 4 of fp32, 8 of bf16 or fp16."""
+def _floats(words, START: tl.constexpr, DTYPE: tl.constexpr):
+    """The fp32 values of the chunk ``words[START:START + 4]``: 4 of fp32, 8 of bf16 or fp16."""
     values = ()
     for i in tl.static_range(4):
-        word = chunk[i]
+        word = words[START + i]
         if DTYPE == tl.float32:
             values = values + (word.to(tl.float32, bitcast=True),)
         elif DTYPE == tl.bfloat16:
@@ -29,6 +29,18 @@ def _floats(chunk, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _sources(peers, offset, W: tl.constexpr, MULTICAST: tl.constexpr):
+    """Base addresses to sum over: every rank's in rank order, or the one multicast address."""
+    if MULTICAST:
+        bases = (peers.multicast + offset,)
+    else:
+        bases = ()
+        for rank in tl.static_range(W):
+            bases = bases + (tl.load(peers.table + rank) + offset,)
+    return bases
+
+
+@triton.jit
 def _add(left, right, COUNT: tl.constexpr):
     total = ()
     for i in tl.static_range(COUNT):
@@ -37,18 +49,18 @@ def _add(left, right, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _sum_over_ranks(bases, multicast_base, offset, mask, W: tl.constexpr, DTYPE: tl.constexpr, MULTICAST: tl.constexpr):
+def _sum_over_ranks(bases, offset, mask, COUNT: tl.constexpr, DTYPE: tl.constexpr, MULTICAST: tl.constexpr):
     """fp32 values of one chunk summed over all ranks: in rank order, all loads in flight before the first addition."""
-    COUNT: tl.constexpr = 4 if DTYPE == tl.float32 else 8
     if MULTICAST:
-        total = _floats(reduce_chunk(multicast_base + offset, mask, DTYPE), DTYPE)
+        total = _floats(reduce_chunk(bases[0] + offset, mask, DTYPE), 0, DTYPE)
     else:
-        loaded = ()
-        for rank in tl.static_range(W):
-            loaded = loaded + (load_chunk(bases[rank] + offset, mask),)
-        total = _floats(loaded[0], DTYPE)
-        for rank in tl.static_range(1, W):
-            total = _add(total, _floats(loaded[rank], DTYPE), COUNT)
+        addresses = ()
+        for rank in tl.static_range(COUNT):
+            addresses = addresses + (bases[rank] + offset,)
+        words = load_chunks(addresses, mask, COUNT)
+        total = _floats(words, 0, DTYPE)
+        for rank in tl.static_range(1, COUNT):
+            total = _add(total, _floats(words, 4 * rank, DTYPE), 4 if DTYPE == tl.float32 else 8)
     return total
 
 
@@ -83,38 +95,34 @@ def _combine_kernel(
     slot and returns ``out[0] = row 1 of rank 0 + row 1 of rank 1``, ``out[1]`` likewise from row 2.
     """
     DTYPE: tl.constexpr = source.data.dtype.element_ty
+    COUNT: tl.constexpr = 1 if MULTICAST else W
     HALVES: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # chunks of an octet
     lanes = tl.arange(0, N)
     chunks = row_chunks(source)
     octets = (source.length + 7) // 8
     segments = (octets + N - 1) // N
 
-    epoch, poison = enter(peers)
+    call = enter(peers, W)
+    slot = slot_offset(slots, call.epoch)
+    bases = _sources(peers, slot, W, MULTICAST)
     most = tl.minimum(slots.rows, max_tokens)
-    t, valid, offset, poison = live_rows(peers, epoch, poison, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
-    slot = slot_offset(slots, epoch)
-    own = tl.load(peers.table + peers.rank) + slot
+    t, valid, offset, call = live_rows(peers, call, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
     for unit in tl.range(first_unit(valid * 0), valid * segments, tl.num_programs(0)):
-        row, segment = unit // segments, (unit % segments).to(tl.int32)
+        row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         for half in tl.static_range(HALVES):
-            chunk = (segment * N + lanes) * HALVES + half
+            chunk = octet * HALVES + half
             data = gather_chunk(source, row, chunk, chunk < chunks, ALIGNED_IN)
-            store_chunk(own + row * (chunks * 16) + chunk * 16, data, chunk < chunks, False)
-    signal(peers, epoch, poison, t, W, MULTICAST)
+            store_chunk(call.own + slot + (row * chunks + chunk) * 16, data, chunk < chunks, False)
+    signal(peers, call, t, W, MULTICAST)
 
-    bases = ()
-    for rank in tl.static_range(W):
-        bases = bases + (tl.load(peers.table + rank) + slot,)
-    _, ok = wait(peers, epoch, poison, _OP, W, MULTICAST)
+    _, ok = wait(peers, call, _OP, W, MULTICAST)
     live_end = tl.where(ok, offset + t, offset)
     for unit in tl.range(first_unit(offset * segments), (offset + num_rows) * segments, tl.num_programs(0)):
-        row, segment = unit // segments, (unit % segments).to(tl.int32)
-        octet = segment * N + lanes
+        row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         values = ()
         for half in tl.static_range(HALVES):
             chunk = octet * HALVES + half
             inside = (chunk < chunks) & (row < live_end)
-            at = row * (chunks * 16) + chunk * 16
-            values = values + _sum_over_ranks(bases, peers.multicast + slot, at, inside, W, DTYPE, MULTICAST)
+            values = values + _sum_over_ranks(bases, (row * chunks + chunk) * 16, inside, COUNT, DTYPE, MULTICAST)
         _store_octet(out, row - offset, octet, values, octet < octets, ALIGNED_OUT)
-    leave(peers, epoch)
+    leave(peers, call)

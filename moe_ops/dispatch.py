@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .comm_launch import choose_launch, is_aligned, rows_of
+from .comm_launch import WARP, choose_launch, is_aligned, rows_of
 from .errors import ShapeError
 from .registration import register_op
 from .shapes import check_dtype, check_rank, check_same_device, check_scalar_count, check_topk
@@ -91,6 +91,7 @@ def launch_dispatch(
         max_tokens,
         W=channel.world_size,
         N=launch.chunks,
+        R=WARP * launch.warps,
         ALIGNED_IN=is_aligned(hidden),
         ALIGNED_OUT=is_aligned(outputs[0]),
         MULTICAST=channel.multicast,

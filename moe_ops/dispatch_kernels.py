@@ -41,7 +41,7 @@ def _publish(bases, offset, data, mask, COUNT: tl.constexpr, MULTICAST: tl.const
 
 @triton.jit
 def _clear_ids(ids, start, stop, N: tl.constexpr):
-    """-1 into elements ``[start, stop)`` of the contiguous output ``ids``."""
+    """-1 into elements ``[start, stop)`` (int64) of the contiguous output ``ids``."""
     lanes = tl.arange(0, N)
     for base in tl.range(start + tl.program_id(0) * N, stop, tl.num_programs(0) * N):
         element = base + lanes
@@ -49,57 +49,66 @@ def _clear_ids(ids, start, stop, N: tl.constexpr):
 
 
 @triton.jit
+def _push_routing(bases, offset, source, row, R: tl.constexpr, COUNT: tl.constexpr, MULTICAST: tl.constexpr):
+    """Ids, then weights, of one row to ``offset`` on all destinations."""
+    lanes = tl.arange(0, R)
+    id_chunks, weight_chunks = row_chunks(source.ids), row_chunks(source.weights)
+    ids = gather_chunk(source.ids, row, lanes, lanes < id_chunks, False)
+    weights = gather_chunk(source.weights, row, lanes, lanes < weight_chunks, False)
+    _publish(bases, offset + lanes * 16, ids, lanes < id_chunks, COUNT, MULTICAST)
+    _publish(bases, offset + (id_chunks + lanes) * 16, weights, lanes < weight_chunks, COUNT, MULTICAST)
+
+
+@triton.jit
+def _pull_routing(address, out, row, R: tl.constexpr):
+    """The inverse, out of this rank's slot."""
+    lanes = tl.arange(0, R)
+    id_chunks, weight_chunks = row_chunks(out.ids), row_chunks(out.weights)
+    ids = load_chunk(address + lanes * 16, lanes < id_chunks)
+    weights = load_chunk(address + (id_chunks + lanes) * 16, lanes < weight_chunks)
+    scatter_chunk(out.ids, row, lanes, ids, lanes < id_chunks, False)
+    scatter_chunk(out.weights, row, lanes, weights, lanes < weight_chunks, False)
+
+
+@triton.jit
 def _dispatch_kernel(
-    peers, slots, source, out, local_tokens_ptr, metadata_ptr, row_limit, max_tokens,
-    W: tl.constexpr, N: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr,
+    peers, slots, source, out, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, W: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr,
 ):  # fmt: skip
     """Gather all ranks' live rows into ``out``. Grid: G programs; unit ``u`` of the global rows is ``u mod G``'s.
 
-    A row is ``segments`` units: N chunks of hidden states each, and a last one for ids and weights.
+    A row is ``segments`` units: N chunks of hidden states each, and a last one for ids and weights (R lanes).
     Example: W = 2, counts 1 and 2, H = 16 bf16 (2 chunks), G = 4: two units a row; rank 1 pushes rows 1
     and 2 of the gathered batch as units 2, 3 (programs 2, 3) and 4, 5 (programs 0, 1).
     """
     DESTINATIONS: tl.constexpr = 1 if MULTICAST else W
     lanes = tl.arange(0, N)
-    hidden_chunks, id_chunks = row_chunks(source.hidden), row_chunks(source.ids)
-    weight_chunks = row_chunks(source.weights)
-    weights_at = hidden_chunks + id_chunks
-    row_bytes = (weights_at + weight_chunks) * 16
-    segments = (hidden_chunks + N - 1) // N + 1
+    chunks = row_chunks(source.hidden)
+    row_bytes = (chunks + row_chunks(source.ids) + row_chunks(source.weights)) * 16
+    segments = (chunks + N - 1) // N + 1
 
-    epoch, poison = enter(peers)
+    call = enter(peers, W)
     most = tl.minimum(slots.rows, max_tokens)
-    t, valid, offset, poison = live_rows(peers, epoch, poison, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
-    slot = slot_offset(slots, epoch)
+    t, valid, offset, call = live_rows(peers, call, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
+    slot = slot_offset(slots, call.epoch)
     bases = _destinations(peers, slot, W, MULTICAST)
     for unit in tl.range(first_unit(offset * segments), (offset + t) * segments, tl.num_programs(0)):
-        row, segment = unit // segments, (unit % segments).to(tl.int32)
-        local, target = row - offset, row * row_bytes
-        if segment < segments - 1:
-            chunk = segment * N + lanes
-            inside = chunk < hidden_chunks
-            data = gather_chunk(source.hidden, local, chunk, inside, ALIGNED_IN)
-            _publish(bases, target + chunk * 16, data, inside, DESTINATIONS, MULTICAST)
+        row, chunk = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
+        if unit % segments < segments - 1:
+            data = gather_chunk(source.hidden, row - offset, chunk, chunk < chunks, ALIGNED_IN)
+            _publish(bases, row * row_bytes + chunk * 16, data, chunk < chunks, DESTINATIONS, MULTICAST)
         else:
-            ids = gather_chunk(source.ids, local, lanes, lanes < id_chunks, False)
-            weights = gather_chunk(source.weights, local, lanes, lanes < weight_chunks, False)
-            _publish(bases, target + (hidden_chunks + lanes) * 16, ids, lanes < id_chunks, DESTINATIONS, MULTICAST)
-            _publish(bases, target + (weights_at + lanes) * 16, weights, lanes < weight_chunks, DESTINATIONS, MULTICAST)
-    signal(peers, epoch, poison, t, W, MULTICAST)
-    _clear_ids(out.ids, valid * out.ids.length, (valid * 0 + max_tokens) * out.ids.length, N)
+            _push_routing(bases, row * row_bytes + chunks * 16, source, row - offset, R, DESTINATIONS, MULTICAST)
+    signal(peers, call, t, W, MULTICAST)
+    _clear_ids(out.ids, valid.to(tl.int64) * out.ids.length, (call.epoch * 0 + max_tokens) * out.ids.length, R)
 
-    _, ok = wait(peers, epoch, poison, _OP, W, MULTICAST)
-    own = tl.load(peers.table + peers.rank) + slot
+    _, ok = wait(peers, call, _OP, W, MULTICAST)
     for unit in tl.range(first_unit(valid * 0), tl.where(ok, valid * segments, 0), tl.num_programs(0)):
-        row, segment = unit // segments, (unit % segments).to(tl.int32)
-        origin = own + row * row_bytes
-        if segment < segments - 1:
-            chunk = segment * N + lanes
-            inside = chunk < hidden_chunks
-            scatter_chunk(out.hidden, row, chunk, load_chunk(origin + chunk * 16, inside), inside, ALIGNED_OUT)
+        row, chunk = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
+        origin = call.own + slot + row * row_bytes
+        if unit % segments < segments - 1:
+            data = load_chunk(origin + chunk * 16, chunk < chunks)
+            scatter_chunk(out.hidden, row, chunk, data, chunk < chunks, ALIGNED_OUT)
         else:
-            ids = load_chunk(origin + (hidden_chunks + lanes) * 16, lanes < id_chunks)
-            weights = load_chunk(origin + (weights_at + lanes) * 16, lanes < weight_chunks)
-            scatter_chunk(out.ids, row, lanes, ids, lanes < id_chunks, False)
-            scatter_chunk(out.weights, row, lanes, weights, lanes < weight_chunks, False)
-    leave(peers, epoch)
+            _pull_routing(origin + chunks * 16, out, row, R)
+    leave(peers, call)

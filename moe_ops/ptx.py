@@ -52,6 +52,41 @@ def load_chunk(address, mask):
     )  # fmt: skip
 
 
+@triton.constexpr_function
+def _load_all_text(count: int) -> str:
+    """PTX: ``count`` predicated 16-byte loads in a row.
+
+    The fence keeps ptxas from moving some of them behind the first use of others: the caller wants all in flight.
+    """
+    outputs = 4 * count
+    zeros = "".join(f"mov.b32 ${i}, 0; " for i in range(outputs))
+    loads = "".join(
+        f"@p ld.global.v4.b32 {{${4 * i}, ${4 * i + 1}, ${4 * i + 2}, ${4 * i + 3}}}, [${outputs + i}]; "
+        for i in range(count)
+    )
+    mask = outputs + count
+    return f"{{ .reg .pred p; setp.ne.b32 p, ${mask}, 0; {zeros}{loads}fence.acq_rel.cta; }}"
+
+
+@triton.constexpr_function
+def _load_all_constraints(count: int) -> str:
+    return ",".join(["=&r"] * (4 * count) + ["l"] * count + ["r"])
+
+
+@triton.constexpr_function
+def _words(count: int) -> tuple[tl.dtype, ...]:
+    return (tl.int32,) * count
+
+
+@triton.jit
+def load_chunks(addresses, mask, COUNT: tl.constexpr):
+    """``load_chunk`` at ``COUNT`` addresses (a tuple of (N,) int64) at once: a tuple of ``4 * COUNT`` int32 tensors."""
+    return tl.inline_asm_elementwise(
+        _load_all_text(COUNT), _load_all_constraints(COUNT), addresses + (mask.to(tl.int32),), _words(4 * COUNT),
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @triton.jit
 def reduce_chunk(address, mask, DTYPE: tl.constexpr):
     """Sum of the 16 bytes at a multicast ``address (N,) int64`` over all ranks, in fp32, rounded to ``DTYPE`` once.

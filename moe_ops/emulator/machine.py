@@ -270,6 +270,7 @@ _INSTRUCTIONS: dict[str, Callable[[_Thread, tuple[str, ...], np.ndarray], None]]
     "cvt.rn.bf16x2.f32": _round_pair("bf16x2"),
     "cvt.rn.f16x2.f32": _round_pair("f16x2"),
     "fence.proxy.alias": _nothing,
+    "fence.acq_rel.cta": _nothing,
 }
 
 
