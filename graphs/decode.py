@@ -7,12 +7,14 @@ without copying anything in. Ranks run the same number of steps; a rank may have
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import lowering  # noqa: F401  its passes run whenever a step is compiled
 from moe_ops import get_workspace
 from moe_ops.errors import CapacityError
 
@@ -98,6 +100,7 @@ class DecodeLoop:
         self.length = 0  # cache columns in use
         self.generated = 0  # history columns in use
         self.prompts = 0
+        self.live = 0
         cache = hf_compat.full_length_cache(model.config, max_len)
         self._step = DecodeStep(model, cache, batch, max_len, sampler, self.state.live.device)
         self._run_step = _compiled(self._step, backend) if compile else self._step
@@ -110,18 +113,11 @@ class DecodeLoop:
         """
         width = self._agree_on_width(prompts)
         ids = self._load(prompts, width)
-        self.state.declare_batch(self.batch, self.group_batch)
         self.set_live(len(prompts))
         logits = None
-        for columns in self._chunks(width):
-            logits = self.model(
-                input_ids=ids[:, columns],
-                attention_mask=self._step.mask,
-                position_ids=self._padded_positions()[:, columns],
-                past_key_values=self._step.cache,
-                use_cache=True,
-                **hf_compat.prefill_kwargs(self.model),
-            ).logits
+        with self._batch_declared():
+            for columns in self._chunks(width):
+                logits = self._prefill_chunk(ids, columns)
         assert logits is not None
         self._step.positions.copy_(self._padded_positions()[:, width - 1 : width] + 1)
         self._step.record(logits[:, -1])
@@ -140,26 +136,48 @@ class DecodeLoop:
                 f"decode: {self.length} tokens so far and {steps} steps exceed max_len={self.max_len}; "
                 "make the DecodeLoop with a larger max_len."
             )
-        for index in range(steps):
-            self._run_step()
-            self.length += 1
-            self.generated += 1
-            if index % CHECK_EVERY == CHECK_EVERY - 1:
-                check_peers(self.model)
-            if on_step is not None:
-                on_step(index)
+        with self._batch_declared():
+            for index in range(steps):
+                self._run_step()
+                self.length += 1
+                self.generated += 1
+                if index % CHECK_EVERY == CHECK_EVERY - 1:
+                    check_peers(self.model)
+                if on_step is not None:
+                    on_step(index)
 
     def set_live(self, live: int) -> None:
-        """From the next step on only the first ``live`` slots take part; a device write, no recompilation."""
+        """From the next ``run`` on only the first ``live`` slots take part; a device write, no recompilation."""
         if not 0 <= live <= self.batch:
             raise RequestError(f"live={live}; pass 0 to {self.batch}, the number of slots.")
-        self.state.live.fill_(live)
+        self.live = live
 
     def tokens(self) -> list[list[int]]:
         """The tokens decoded so far for each prompt; waits for the device and raises what it recorded."""
         rows = self._step.history[: self.prompts, : self.generated].tolist()
         check_peers(self.model)
         return rows
+
+    @contextmanager
+    def _batch_declared(self) -> Iterator[None]:
+        """While this loop runs the model, its live count holds; before and after, all rows of a forward count."""
+        self.state.live.fill_(self.live)
+        self.state.declare_batch(self.batch, self.group_batch)
+        try:
+            yield
+        finally:
+            self.state.declare_batch(None)
+
+    def _prefill_chunk(self, ids: Tensor, columns: slice) -> Tensor:
+        """Feed these columns of every slot; logits (B, 1 or more, V)."""
+        return self.model(
+            input_ids=ids[:, columns],
+            attention_mask=self._step.mask,
+            position_ids=self._padded_positions()[:, columns],
+            past_key_values=self._step.cache,
+            use_cache=True,
+            **hf_compat.prefill_kwargs(self.model),
+        ).logits
 
     def _load(self, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
         """Fill mask and counters for ``prompts``; returns their ids (B, width), padded on the left."""
