@@ -55,11 +55,20 @@ def effect_target() -> Any:
     return torch.ops.higher_order.with_effects
 
 
-def register_ordered(op_name: str) -> None:
-    """Make ``namespace::name`` an ordered op: never merged, dropped, or moved past another ordered op."""
-    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+_EFFECT_NAME = "torch.ops.higher_order.with_effects"
 
-    _register_effectful_op(op_name, _EffectType.ORDERED)
+
+def let_caches_keep_ordered_ops(on: bool) -> None:
+    """Let caches of compiled graphs keep graphs with ordered ops, which torch refuses by default.
+
+    torch has no list of higher-order ops that are safe to cache beyond those it marks itself. This one's whole
+    meaning is in its arguments, which are part of the key (script objects are refused separately).
+    """
+    from torch._inductor import config
+
+    marked = dict(config.unsafe_marked_cacheable_functions)
+    marked.pop(_EFFECT_NAME, None)
+    config.unsafe_marked_cacheable_functions = marked | ({_EFFECT_NAME: "moe_ep"} if on else {})
 
 
 def schema_arguments(op: torch._ops.OpOverload) -> list[Any]:

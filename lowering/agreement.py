@@ -1,0 +1,182 @@
+"""Ranks compare what they compiled before they first communicate.
+
+Before::
+
+    token = _make_token()
+    m     = with_effects(token, moe_ep.metadata_update, local_tokens, group)
+
+After::
+
+    token = _make_token()
+    a     = with_effects(token, moe_ep.agree, local_tokens, "<what this graph communicates>", group)
+    m     = with_effects(a[0], moe_ep.metadata_update, local_tokens, group)
+
+``agree`` is an op of its own, first in the chain of tokens, and its text is a literal of the graph. So it also runs
+in a process that loads the compiled graph from a cache, and in a captured graph it costs nothing: it talks to the
+group's store from the host, once per text, at the first (warm-up or capturing) run, and launches no kernel.
+
+The text names what all ranks must share and nothing else: the sequence of ops with M, H, K, dtypes and group.
+The capacity T of a rank may differ, so it is not part of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from moe_ops import transports
+from moe_ops.registration import register_op
+from moe_ops.workspace import resolve
+
+from .effects import EffectOp, effect_ops, insert_effect, read
+from .errors import AgreementError
+from .report import Outcome
+
+LONGEST_PERIOD = 6  # ops of one layer, so that N equal layers become one line
+
+
+@dataclass(frozen=True)
+class FirstMeeting:
+    """The first ordered op of a graph, and the groups that its ordered ops communicate over."""
+
+    op: EffectOp
+    texts: dict[str, str]  # by group
+    anchor: Node  # a tensor on the ops' device: it decides where ``agree`` runs
+
+    def replace(self) -> list[str]:
+        """Put one ``agree`` per group before it; returns what was done."""
+        graph, token = self.op.node.graph, self.op.token
+        for group, text in self.texts.items():
+            with graph.inserting_before(self.op.node):
+                agree = insert_effect(graph, token, OP, (self.anchor, text, group), {}, (None,))
+                token = read(agree, 0)
+        self.op.node.update_arg(0, token)
+        return [f"group {group!r}: {text}" for group, text in self.texts.items()]
+
+
+class Agreement:
+    """See the module's docstring."""
+
+    name = "agreement"
+
+    def run(self, graph: Graph) -> Outcome:
+        """Insert the check; a graph that communicates nothing is left alone."""
+        outcome = Outcome(self.name)
+        ops = list(effect_ops(graph))
+        if ops and not any(op.name == "agree" for op in ops):
+            groups = dict.fromkeys(op.arguments["group_name"] for op in ops)
+            texts = {group: fingerprint(ops, group) for group in groups}
+            outcome.done = FirstMeeting(ops[0], texts, ops[0].arguments["local_tokens"]).replace()
+        return outcome
+
+
+def fingerprint(ops: Sequence[EffectOp], group: str) -> str:
+    """What a graph communicates over ``group``, as text that a person can compare."""
+    return "; ".join(_compress([_describe(op) for op in ops if op.arguments["group_name"] == group]))
+
+
+def _describe(op: EffectOp) -> str:
+    """An op with the sizes that all ranks share."""
+    parts = []
+    for name, value in op.arguments.items():
+        if name in ("local_tokens", "metadata", "num_rows", "group_name"):
+            continue
+        if isinstance(value, Node) and isinstance(tensor := value.meta.get("val"), Tensor):
+            parts.append(f"{name}={_describe_tensor(op.name, name, tensor)}")
+        elif value is not None and not isinstance(value, Node | list | tuple):
+            parts.append(f"{name}={value}")
+    return f"{op.name}({', '.join(parts)})"
+
+
+# Tensors with T rows, where T may differ between ranks.
+_RANK_SIZED = {("agv_dispatch", "hidden"), ("agv_dispatch", "topk_ids"), ("agv_dispatch", "topk_weights")}
+_RANK_SIZED |= {("rsv_combine_add", "addend")}
+
+
+def _describe_tensor(op: str, name: str, tensor: Tensor) -> str:
+    sizes = [str(size) for size in tensor.shape]
+    if (op, name) in _RANK_SIZED:
+        sizes[0] = "T"
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(sizes)}]"
+
+
+def _compress(lines: Sequence[str]) -> Iterator[str]:
+    """``a b a b c`` becomes ``2 x [a; b]``, ``c``."""
+    start = 0
+    while start < len(lines):
+        period, count = max(
+            ((p, _repeats(lines, start, p)) for p in range(1, LONGEST_PERIOD + 1)),
+            key=lambda found: (found[0] * found[1] if found[1] > 1 else 0, -found[0]),
+        )
+        if count == 1:
+            period = 1
+        block = "; ".join(lines[start : start + period])
+        yield f"{count} x [{block}]" if count > 1 else block
+        start += period * count
+
+
+def _repeats(lines: Sequence[str], start: int, period: int) -> int:
+    """How often the ``period`` lines from ``start`` on stand there in a row."""
+    block = lines[start : start + period]
+    if len(block) < period:
+        return 1
+    repeats = (lines[at : at + period] == block for at in range(start, len(lines), period))
+    return sum(1 for _ in itertools.takewhile(bool, repeats))
+
+
+# ---- the op ----
+
+_agreed: dict[str, dict[str, int]] = {}  # group -> text -> number of the meeting that agreed on it
+_meetings: dict[str, int] = {}
+
+
+def agree(anchor: Tensor, text: str, group_name: str) -> None:
+    """Return once every rank of the group has come with the same ``text``; at once if they did before.
+
+    Host only, so it is a no-op in a replayed graph. Raises ``AgreementError`` with both texts if they differ, or if
+    a rank does not come within the workspace's ``timeout_s``.
+    """
+    workspace = resolve(group_name, "agree")
+    if workspace.group is None or workspace.world_size == 1 or text in _agreed.setdefault(group_name, {}):
+        return
+    meeting = _meetings[group_name] = _meetings.get(group_name, -1) + 1
+    store = transports.group_store(workspace.group)
+    key = f"moe_ep/agree/{group_name}/{meeting}"
+    store.set(f"{key}/{workspace.rank}", text)
+    for peer in range(workspace.world_size):
+        _compare(store, f"{key}/{peer}", text, (workspace.rank, peer), workspace.config.timeout_s)
+    _agreed[group_name][text] = meeting
+
+
+def _compare(store: dist.Store, key: str, text: str, ranks: tuple[int, int], timeout_s: float) -> None:
+    mine, peer = ranks
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise AgreementError(
+            f"agree: rank {peer} did not come to compare graphs within {timeout_s:g} s: it runs another graph, or none. "
+            f"Rank {mine} is about to run: {text}. Compile and call the same graphs in the same order on every rank."
+        ) from error
+    theirs = store.get(key).decode()
+    if theirs != text:
+        raise AgreementError(
+            f"agree: ranks compiled different communication. Rank {mine}: {text}. Rank {peer}: {theirs}. "
+            "Give all ranks the same model, max_tokens and passes."
+        )
+
+
+def _agree_fake(anchor: Tensor, text: str, group_name: str) -> None:
+    """No result."""
+
+
+OP: Any = register_op(
+    "agree(Tensor anchor, str text, str group_name) -> ()", fake=_agree_fake, cpu=agree, cuda=agree, ordered=True
+)

@@ -1,0 +1,124 @@
+"""The passes, their order, their switches, and the one hook that runs them.
+
+===================  ===========================================================================
+hoist_metadata       one ``metadata_update`` a step, however many layers ask for it
+agreement            ranks compare what they compiled before they first communicate
+===================  ===========================================================================
+
+The order matters: ``hoist_metadata`` first, because it makes layers alike and shortens the chain of tokens;
+``agreement`` last, because it describes what is left. A graph without ops of ``moe_ep`` is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.fx import Graph
+
+from . import torch_compat
+from .agreement import Agreement
+from .effects import effect_ops, moe_nodes
+from .errors import UnknownPassError
+from .hoist_metadata import HoistMetadata
+from .report import RECENT, GraphReport, Outcome
+
+
+class Pass(Protocol):
+    """One rewrite. ``run`` changes the graph and returns what it did and what it refused."""
+
+    name: str
+
+    def run(self, graph: Graph) -> Outcome: ...
+
+
+PASSES: tuple[Pass, ...] = (
+    HoistMetadata(),
+    Agreement(),
+)
+NAMES = tuple(p.name for p in PASSES)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which passes run. Part of the key under which compiled graphs are cached."""
+
+    without: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.without - set(NAMES)):
+            raise UnknownPassError(f"lowering: no pass is named {', '.join(unknown)}; the names are {', '.join(NAMES)}.")
+
+
+class Lowering(torch_compat.graph_pass_base()):
+    """What Inductor calls with every inference graph: the user's own passes, then ours."""
+
+    def __init__(self, options: Options, user_passes: tuple[Any, ...] = ()):
+        self.options, self.user_passes = options, user_passes
+
+    def __call__(self, graph: Graph) -> None:
+        for user_pass in self.user_passes:
+            torch_compat.run_user_pass(user_pass, graph)
+        if next(moe_nodes(graph), None) is not None:
+            RECENT.append(run_passes(graph, self.options))
+
+    def uuid(self) -> Any | None:
+        """Identity for the caches: our sources, the options, the user's passes. None: nothing may be cached."""
+        user = [torch_compat.pass_uuid(user_pass) for user_pass in self.user_passes]
+        if any(uuid is None for uuid in user):
+            return None
+        return ("moe_ep.lowering", torch_compat.hash_of_sources(Path(__file__).parent), sorted(self.options.without), user)
+
+
+def run_passes(graph: Graph, options: Options = Options()) -> GraphReport:  # noqa: B008 - frozen
+    """Run all passes that ``options`` leaves on; the graph is valid again afterwards."""
+    before = _count_ops(graph)
+    outcomes = []
+    for one in PASSES:
+        enabled = one.name not in options.without
+        outcomes.append(one.run(graph) if enabled else Outcome(one.name, enabled=False))
+    graph.lint()
+    groups = list(dict.fromkeys(op.arguments["group_name"] for op in effect_ops(graph)))
+    return GraphReport(before, _count_ops(graph), groups, outcomes)
+
+
+def enable(without: Iterable[str] | None = None) -> None:
+    """Make ``torch.compile`` run the passes; safe to call again.
+
+    ``without``: names of passes to leave out (``lowering.NAMES``); None keeps what was chosen before. Passes that the
+    user installed in Inductor's ``post_grad_custom_pre_pass`` run first, whether they came before this call or (call
+    it again then) after. Functions that are compiled already keep their code until ``torch._dynamo.reset()``.
+    Raises ``UnknownPassError``, and ``UnsupportedTorchError`` where torch's internals are not known here.
+    """
+    torch_compat.check_torch_version()
+    torch_compat.let_caches_keep_ordered_ops(True)
+    present = torch_compat.as_passes(torch_compat.installed_pass())
+    ours = next((p for p in present if isinstance(p, Lowering)), None)
+    options = ours.options if ours else Options()
+    if without is not None:
+        options = replace(options, without=frozenset(without))
+    user = [user_pass for p in present for user_pass in (p.user_passes if isinstance(p, Lowering) else (p,))]
+    if len(present) == 1 and ours is not None and options == ours.options:
+        return
+    torch_compat.install_pass(Lowering(options, tuple(user)))
+
+
+def disable() -> None:
+    """Take the passes out again; the user's own stay."""
+    torch_compat.let_caches_keep_ordered_ops(False)
+    present = torch_compat.as_passes(torch_compat.installed_pass())
+    user = [user_pass for p in present for user_pass in (p.user_passes if isinstance(p, Lowering) else (p,))]
+    torch_compat.install_pass(user[0] if len(user) == 1 else (user or None))
+
+
+def enabled_options() -> Options | None:
+    """The options in force, or None if the passes are not installed."""
+    present = torch_compat.as_passes(torch_compat.installed_pass())
+    return next((p.options for p in present if isinstance(p, Lowering)), None)
+
+
+def _count_ops(graph: Graph) -> dict[str, int]:
+    return dict(Counter(name for name, _ in moe_nodes(graph)))
