@@ -33,6 +33,7 @@ TARGETS = {8: 0.48, 16: 0.48, 64: 0.40, 128: 0.50, 512: 0.68, 4096: 0.88}  # our
 def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of ``CALLS`` calls, warmed up."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
@@ -103,7 +104,7 @@ def main(
     sizes = tokens or list(TARGETS)
     rows = []
     for h in hidden or [7168, 2048]:
-        ws = moe_ops.init_workspace(None, max_tokens_per_rank=max(sizes), hidden_size=h, top_k=top_k)
+        ws = moe_ops.init_workspace(None, max_tokens_per_rank=max(sizes), hidden_size=h, top_k=top_k, timeout_s=20)
         problem = check_round(ws, Case(0, tuple((rank * 37) % max(sizes) for rank in range(ws.world_size))))
         assert problem is None, problem
         rows += [{"hidden": h, "tokens": t} | measure(t, h, top_k, ws.group_name, replays) for t in sizes]

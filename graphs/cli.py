@@ -163,3 +163,7 @@ def progress_display(enabled: bool) -> Iterator[Emit]:
                 display.update(task, description="decoding", completed=event.done, total=event.total)
 
         yield show
+
+
+if __name__ == "__main__":
+    main()

@@ -79,6 +79,7 @@ class Workspace:
         self.timeout = timedelta(seconds=config.timeout_s)
         self.closed = False
         self._channel: Channel | None = None
+        self._last_stream: torch.cuda.Stream | None = None
 
     @property
     def channel(self) -> Channel | None:
@@ -87,6 +88,8 @@ class Workspace:
             return None
         if self._channel is None:
             self.allocate()
+        if self.device.type == "cuda":
+            self._follow_last_stream()
         return self._channel
 
     @cached_property
@@ -159,6 +162,15 @@ class Workspace:
             self._release()
             self.closed = True
             _WORKSPACES.pop(self.group_name, None)
+
+    def _follow_last_stream(self) -> None:
+        """Ops of a workspace run one after the other, also when the caller changes streams between two of them."""
+        stream = torch.cuda.current_stream(self.device)
+        if stream == self._last_stream or torch.cuda.is_current_stream_capturing():
+            return
+        if self._last_stream is not None:
+            stream.wait_stream(self._last_stream)
+        self._last_stream = stream
 
     def _release(self) -> None:
         if self.device.type == "cuda" and self._channel is not None:
