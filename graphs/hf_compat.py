@@ -211,8 +211,13 @@ class KeyMap:
 
 
 def load_with_state_dict(cls: type, config: Any, state_dict: dict[str, Any], **kwargs: Any) -> tuple[Any, dict]:
-    """``cls.from_pretrained`` on tensors that are read when they are needed; returns model and loading info."""
-    return cls.from_pretrained(None, config=config, state_dict=state_dict, output_loading_info=True, **kwargs)
+    """``cls.from_pretrained`` on tensors that are read when they are needed; returns model and loading info.
+
+    Sizes that do not fit are left to the info, which names them; transformers' own error does not.
+    """
+    return cls.from_pretrained(
+        None, config=config, state_dict=state_dict, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
 
 
 def set_generation_config(model: Any, folder: Any) -> None:
