@@ -70,7 +70,7 @@ def rsv_combine(
     """This rank's rows of the sum of all ranks' ``expert_output`` (M, H): (num_rows, H), dead rows zero."""
     live = torch.arange(num_rows, device=expert_output.device) < local_tokens
     if ws.world_size == 1:
-        padded = _fit_rows(expert_output, num_rows)
+        padded = _fit_rows(expert_output.contiguous(), num_rows)
         return torch.where(live[:, None], padded.float(), 0.0).to(out_dtype)
     capacity = ws.config.max_tokens_per_rank
     counts = _gather_counts(ws, local_tokens, "rsv_combine")
