@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .pdl import chain_start
+
 
 @triton.jit
 def _local_ids(ids_ptr, first, num_pairs, expert_start, num_experts, CHUNK: tl.constexpr, NONE: tl.constexpr):
@@ -29,13 +31,15 @@ def _fill(ptr, first, end, step, value, CHUNK: tl.constexpr):
 def _align_kernel(
     ids_ptr, valid_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
     num_rows, top_k, expert_start, num_experts, sorted_size,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program ``e`` counts all experts, then writes the pairs, the padding and the block ids of expert ``e``.
 
     Grid: one program a local expert. Example: ids [[1, 0], [1, 2]], E_l 2, BLOCK 4 gives
     sorted [1, 4, 4, 4, 0, 2, 4, 4, ...], expert_ids [0, 1, -1, ...], total 8 (pair 3 is not local).
     """
+    if PDL:  # a next kernel that asked for it may start and wait
+        tl.extra.cuda.gdc_launch_dependents()
     expert = tl.program_id(0)
     pairs_total = tl.cast(num_rows, tl.int64) * top_k
     num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
@@ -82,5 +86,5 @@ def launch(
         topk_ids, valid_tokens, sorted_ids, expert_ids, total,
         topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts, sorted_ids.numel(),
         BLOCK=block_size, CHUNK=chunk, BINS=triton.next_power_of_2(num_local_experts + 1),
-        num_warps=8 if chunk > 512 else 4,
+        num_warps=8 if chunk > 512 else 4, **chain_start(True, topk_ids.device),
     )  # fmt: skip

@@ -66,6 +66,8 @@ def gate_up_few_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(x[pair // K] @ gate_up[expert] + bias)``. Grid: (tiles of I, expert slots)."""
+    if PDL:  # the next kernel may start: it finds its routing, then waits for the end of this one
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     num_pairs = tl.minimum(tl.load(valid_ptr), num_rows).to(tl.int64) * TOP_K
     for chunk in range(0, num_pairs, PAIRS):
@@ -81,8 +83,6 @@ def gate_up_few_kernel(
                 TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
             )  # fmt: skip
             store_tile(act_ptr, pairs, rows, tile, inner, inner_rows, BLOCK_N)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -95,6 +95,8 @@ def down_few_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``out[pair] = act[pair] @ down[expert] + bias``. Grid: (tiles of H, expert slots)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     num_pairs = tl.minimum(tl.load(valid_ptr), num_rows).to(tl.int64) * TOP_K
     for chunk in range(0, num_pairs, PAIRS):
@@ -111,5 +113,5 @@ def down_few_kernel(
                 TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
             )  # fmt: skip
             store_tile(out_ptr, pairs, rows, tile, hidden, acc, BLOCK_N)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:  # also where nothing was live: who waits for this kernel must have waited for the one before
+        tl.extra.cuda.gdc_wait()

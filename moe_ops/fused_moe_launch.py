@@ -15,6 +15,7 @@ from .fused_moe_config import Plan, Shape, Tiles, choose_plan
 from .fused_moe_few_kernels import down_few_kernel, gate_up_few_kernel
 from .fused_moe_kernels import topk_sum_kernel
 from .fused_moe_many_kernels import down_many_kernel, gate_up_many_kernel
+from .pdl import chain_link, chain_start
 
 if TYPE_CHECKING:
     from .fused_moe import ExpertForm
@@ -100,13 +101,6 @@ def _down(problem: Problem, plan: Plan) -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _pdl(on: bool, device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {"PDL": False}
-    on = on and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"PDL": on, "launch_pdl": on}
-
-
 def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
     hidden, ids, form = problem.hidden, problem.topk_ids, problem.form
     (rows, width), (experts, inner), top_k = hidden.shape, (problem.gate_up.shape[0], problem.inner), ids.shape[1]
@@ -119,13 +113,13 @@ def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
     gate_up_few_kernel[(triton.cdiv(inner, plan.gate_up.block_n), slots)](
         hidden, ids, problem.valid_tokens, weights, _or(problem.gate_up_bias, problem.gate_up), act,
         rows, hidden.stride(0), problem.expert_start, experts, width, inner, form.alpha or 0.0, form.limit or 0.0,
-        **routing, **args, **_pdl(plan.pdl, hidden.device),
+        **routing, **args, **chain_start(plan.pdl, hidden.device),
     )  # fmt: skip
     weights, args = _down(problem, plan)
     down_few_kernel[(triton.cdiv(width, plan.down.block_n), slots)](
         act, ids, problem.valid_tokens, weights, _or(problem.down_bias, problem.down), pairs,
         rows, problem.expert_start, experts, width, inner,
-        TOP_K=top_k, **routing, **args, **_pdl(plan.pdl, hidden.device),
+        TOP_K=top_k, **routing, **args, **chain_link(plan.pdl, hidden.device),
     )  # fmt: skip
 
 
@@ -137,7 +131,7 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
     aligned = launch_align(ids, problem.valid_tokens, block, experts, problem.expert_start)
     positions = aligned[0].numel()
     act = hidden.new_empty(positions, inner)
-    common = {"GROUP": plan.group, "SMALL_M": plan.small_m or block}
+    common = {"GROUP": plan.group, "SMALL_M": plan.small_m or block, **chain_link(plan.pdl, hidden.device)}
     weights, args = _gate_up(problem, plan)
     tiles = positions // block * triton.cdiv(inner, plan.gate_up.block_n)
     gate_up_many_kernel[(min(tiles, sms * plan.programs),)](
@@ -159,7 +153,7 @@ def _sum_pairs(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
         pairs, problem.topk_ids, problem.topk_weights, problem.valid_tokens, problem.out, problem.out.stride(0),
         rows, width, problem.expert_start, problem.gate_up.shape[0],
         TOP_K=problem.topk_ids.shape[1], BLOCK_H=block, num_warps=4,
-        **_pdl(plan.pdl and plan.pairs > 0, problem.hidden.device),
+        **chain_link(plan.pdl, problem.hidden.device),
     )  # fmt: skip
 
 

@@ -26,13 +26,16 @@ def gate_up_many_kernel(
     num_pairs, x_stride, hidden, inner, alpha, limit,
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr, SMALL_M: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, SMALL_M: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent.
 
     A block with at most SMALL_M live rows, the last of its expert, is computed as one of SMALL_M rows.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     num_blocks = tl.load(total_ptr) // BLOCK_M
     num_tiles = tl.cdiv(inner, BLOCK_N)
     for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):
@@ -76,10 +79,13 @@ def down_many_kernel(
     act_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, out_ptr,
     num_pairs, hidden, inner,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr, SMALL_M: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, SMALL_M: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``out[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent; SMALL_M as above."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     num_blocks = tl.load(total_ptr) // BLOCK_M
     num_tiles = tl.cdiv(hidden, BLOCK_N)
     for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):

@@ -1,0 +1,29 @@
+"""Programmatic dependent launch: a kernel starts while the one before it still runs, and waits inside.
+
+Rules that keep it safe, for a chain of our own launches:
+the first of a chain is launched the ordinary way (what runs before is not ours, so it must have ended);
+every later one waits (``gdc_wait``) in every program, before it touches what the chain wrote and before
+its own writes; so the end of a kernel implies the end of all before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def supports_pdl(device: torch.device) -> bool:
+    """Compute capability 9.0 (Hopper) and up."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def chain_start(on: bool, device: torch.device) -> dict[str, Any]:
+    """Launch options of the first kernel of a chain: it lets the next one start early, and starts in order itself."""
+    return {"PDL": on and supports_pdl(device)}
+
+
+def chain_link(on: bool, device: torch.device) -> dict[str, Any]:
+    """Launch options of a later kernel of a chain."""
+    on = on and supports_pdl(device)
+    return {"PDL": on, "launch_pdl": True} if on else {"PDL": False}

@@ -1,0 +1,121 @@
+"""The Triton kernels of ``align_block_size`` and ``fused_moe``: run by ``test_moe_kernels`` (no test file itself).
+
+The interpreter has no bf16 dot, so there the element type is fp16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_ops.align import align_block_size, launch_align
+from moe_ops.fused_moe import launch_fused_moe
+from moe_ops.fused_moe_config import Plan, Tiles
+from tests.moe_ops.moe_cases import FORMS, Case, build, check
+
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float16)
+DIVISIBLE = Case(rows=37, top_k=3, hidden=128, inner=64, live=35)
+ODD = Case(rows=21, top_k=3, hidden=56, inner=40, live=20)  # tails everywhere; strides still suit bulk copies
+UNALIGNED = Case(rows=21, top_k=3, hidden=57, inner=39, live=20)  # no bulk copies
+
+T16 = Tiles(16, 32, 64, 4, 3)
+T16S = replace(T16, swap=True)
+T64 = Tiles(64, 32, 32, 4, 3)
+T64S = replace(T64, swap=True)
+PLANS = {
+    "default": None,
+    "few": Plan(T16, T16, pairs=128),
+    "few-swap": Plan(T16S, replace(T16S, block_n=64), pairs=128),
+    "few-chunks": Plan(T16S, T16S, pairs=16),
+    "few-fewer-pairs-than-experts": Plan(T16S, T16S, pairs=2),
+    "few-bisect": Plan(T64S, T64S, pairs=128),
+    "few-pointers": Plan(T16, T16, pairs=64, tma=False),
+    "many": Plan(T64, T64),
+    "many-swap": Plan(T64S, T64S, group=1, programs=3),
+    "many-small": Plan(replace(T64, block_m=128), replace(T64S, block_m=128), small_m=64),
+    "many-16": Plan(T16, T16S, group=2),
+    "many-pointers": Plan(T64, T64, tma=False, small_m=32),
+}
+
+
+def run(*arguments, **options):
+    return launch_fused_moe(*arguments, **options)
+
+
+@pytest.mark.parametrize("case", [DIVISIBLE, ODD, UNALIGNED], ids=["divisible", "odd", "unaligned"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans(plan, case):
+    check(run, case, FORMS["swiglu"], DTYPE, DEVICE, plan=PLANS[plan])
+
+
+@pytest.mark.parametrize("plan", ["few-swap", "few-pointers", "many", "many-small"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form, plan):
+    check(run, ODD, FORMS[form], DTYPE, DEVICE, plan=PLANS[plan])
+
+
+@pytest.mark.parametrize("plan", ["default", "few-chunks", "few-fewer-pairs-than-experts", "many-small"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"live": 0}, {"rows": 1, "live": 1}, {"routing": "one"}, {"routing": "none"},
+        {"local": 1, "experts": 1, "start": 0}, {"index_dtype": torch.int32, "weight_dtype": torch.bfloat16}, {"top_k": 1},
+        {"experts": 64, "local": 33},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_edges(change, plan):
+    check(run, replace(ODD, **change), {}, DTYPE, DEVICE, plan=PLANS[plan])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_equal_runs_have_equal_bits(plan):
+    arguments, options = build(replace(ODD, live=None), {}, DTYPE, DEVICE)
+    first = run(*arguments, plan=PLANS[plan], **options)
+    again = run(*arguments, plan=PLANS[plan], **options)
+    assert torch.equal(first, again) and first.data_ptr() != again.data_ptr()
+
+
+def test_out_is_written_in_its_dtype_and_rows_past_the_count_are_left():
+    arguments, _ = build(ODD, {}, DTYPE, DEVICE)
+    out = torch.full((ODD.rows, ODD.hidden), 7.0, device=DEVICE)
+    assert run(*arguments, out=out) is out
+    wanted = run(*arguments, out_dtype=torch.float32)
+    assert torch.equal(out[: ODD.live], wanted[: ODD.live]) and (out[ODD.live :] == 7).all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 37])
+def test_batch_invariant_rows_do_not_depend_on_the_batch(rows):
+    arguments, _ = build(replace(DIVISIBLE, live=None), {}, DTYPE, DEVICE)
+    whole = run(*arguments, batch_invariant=True)
+    hidden, ids, weights, *rest = arguments
+    order = torch.arange(DIVISIBLE.rows, device=hidden.device).flip(0)[:rows]
+    rest[2] = torch.tensor([rows], dtype=torch.int32, device=hidden.device)
+    part = run(hidden[order], ids[order], weights[order], *rest, batch_invariant=True)
+    assert torch.equal(part, whole[order])
+
+
+@pytest.mark.parametrize("block", [16, 64, 256])
+@pytest.mark.parametrize(
+    ("rows", "top_k", "local", "start", "live"),
+    [(2, 2, 2, 0, 2), (7, 3, 5, 2, 5), (700, 8, 16, 16, 690), (5, 2, 1, 0, 0), (3, 2, 100, 0, 3), (600, 8, 3, 0, 600)],
+)
+def test_align(rows, top_k, local, start, live, block):
+    make = torch.Generator().manual_seed(rows)
+    ids = torch.randint(-1, start + local + 3, (rows, top_k), generator=make)
+    ids[torch.rand(rows, top_k, generator=make) < 0.1] = 2**32 + start
+    count = torch.tensor([live], dtype=torch.int32)
+    wanted = align_block_size(ids, count, block, local, start)
+    got = launch_align(ids.to(DEVICE), count.to(DEVICE), block, local, start)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_align_literals():
+    """The example in the kernel's docstring, at the smallest block size of the op."""
+    ids, count = torch.tensor([[1, 0], [1, 2]], device=DEVICE), torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    sorted_ids, expert_ids, total = launch_align(ids, count, 16, 2, 0)
+    assert sorted_ids.tolist() == [1] + [4] * 15 + [0, 2] + [4] * (sorted_ids.numel() - 18)
+    assert expert_ids.tolist()[:2] == [0, 1] and set(expert_ids.tolist()[2:]) <= {-1} and total.tolist() == [32]

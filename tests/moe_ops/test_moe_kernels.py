@@ -1,0 +1,16 @@
+"""Where the checks of ``moe_kernel_checks`` run, and what the kernels compile to."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.moe_ops.interpreted import run_checks
+
+
+def test_kernels_in_the_interpreter():
+    run_checks("moe_kernel_checks.py", interpret=True)
+
+
+@pytest.mark.gpu("1 H200: the compiled kernels, bf16")
+def test_kernels_on_the_gpu():
+    run_checks("moe_kernel_checks.py", interpret=False)
