@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 _CALL = re.compile(r"(?:(?P<out>\w+) = )?torch\.ops\.moe_ep\.(?P<op>\w+)\.\w+\((?P<args>.*)\)")
 _BUFFER = re.compile(r"\b(?:buf|arg|primals_)\w*")
-# Kernels that only move data are named after the ops they came from, all of them among these.
-_MOVES = {"clone", "copy", "copy_", "_to_copy", "contiguous"}
+# Kernels are named after the ops they came from; one that only moves data has only these in its name.
+_MOVES = {"", "clone", "contiguous", "copy", "to", "cat", "constant", "pad", "nd"}
+_VIEWS = {"t", "transpose", "permute", "view", "reshape", "slice", "select", "expand", "squeeze", "unsqueeze", "split"}
 _KERNEL = re.compile(r"(?P<name>(?:triton_\w+?|cpp)_fused_(?P<ops>\w+?)_(?P<number>\d+))(?:\.run)?\((?P<args>.*)\)")
 _ALIAS = re.compile(r"^(?P<out>buf\d+) = (?P<source>buf\d+)(?:\[\d+\])?(?:; del \w+.*)?(?:\s*#.*)?$")
 
@@ -61,8 +62,5 @@ def _moving_kernels(source: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _only_moves(ops: str) -> bool:
-    """``clone``, ``_to_copy_clone``: every op in a kernel's name is a copy."""
-    rest = ops
-    for move in sorted(_MOVES, key=len, reverse=True):
-        rest = rest.replace(move, "")
-    return not rest.strip("_")
+    """``clone``, ``_to_copy_t``: every op in a kernel's name moves data or views it."""
+    return set(ops.split("_")) <= _MOVES | _VIEWS

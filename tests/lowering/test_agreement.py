@@ -1,0 +1,164 @@
+"""Ranks compare what they compiled before they first communicate: two processes over gloo, and the graph."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+from lowering import agreement
+from lowering.agreement import Agreement
+from lowering.hoist_metadata import HoistMetadata
+from tests.lowering.layers import batch, inference_graph, ops, routed, text, weights
+
+COUNT = torch.tensor([5], dtype=torch.int32)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_check_comes_first_in_the_chain():
+    def model(x: Tensor, count: Tensor) -> Tensor:
+        return ops.rsv_combine(x, count, ops.metadata_update(count, "local"), 8, "local")
+
+    module, inputs = inference_graph(model, batch(), COUNT)
+    before = module(*inputs)
+    outcome = Agreement().run(module.graph)
+    module.graph.lint()
+    module.recompile()
+    assert_expected_inline(
+        text(module.graph),
+        """\
+_make_token_default = prims._make_token()
+with_effects_2 = !agree(_make_token_default, arg1_1, 'metadata_update(); rsv_combine(expert_output=bfloat16[8,32])', 'local')
+getitem_4 = with_effects_2[0]
+with_effects = !metadata_update(getitem_4, arg1_1, 'local')
+getitem = with_effects[0]
+getitem_1 = with_effects[1]
+with_effects_1 = !rsv_combine(getitem, arg2_1, arg1_1, getitem_1, 8, 'local')
+getitem_2 = with_effects_1[0]
+getitem_3 = with_effects_1[1]
+return (getitem_3)""",
+    )
+    assert outcome.done == ["group 'local': metadata_update(); rsv_combine(expert_output=bfloat16[8,32])"]
+    assert torch.equal(before[0], module(*inputs)[0])
+    assert not Agreement().run(module.graph).done  # a graph that has one gets no second
+
+
+def test_a_graph_that_does_not_communicate_gets_no_check():
+    module, _ = inference_graph(torch.sin, batch())
+    before = text(module.graph)
+    assert not Agreement().run(module.graph).done and text(module.graph) == before
+
+
+def test_equal_layers_are_written_once_and_T_is_left_out():
+    def model(x: Tensor, w: dict[str, Tensor], count: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + routed(x, w, count, max_tokens=24)
+        return x
+
+    module, _ = inference_graph(model, batch(), weights(), COUNT)
+    HoistMetadata().run(module.graph)
+    assert_expected_inline(
+        "\n".join(Agreement().run(module.graph).done),
+        """group 'local': metadata_update(); 3 x [agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=24); rsv_combine(expert_output=bfloat16[24,32])]""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([], []),
+        (["a"], ["a"]),
+        (["a", "a", "a"], ["3 x [a]"]),
+        (["m", "d", "c", "d", "c", "x"], ["m", "2 x [d; c]", "x"]),
+        (["m", "d", "c", "m", "d", "c"], ["2 x [m; d; c]"]),
+        (["a", "b", "c", "a"], ["a", "b", "c", "a"]),
+    ],
+)
+def test_compression(lines: list[str], expected: list[str]):
+    assert list(agreement._compress(lines)) == expected
+
+
+_RANK = """
+import json, sys, torch, torch.distributed as dist
+from datetime import timedelta
+import lowering, moe_ops
+from tests.lowering.layers import batch, routed, weights
+rank, path, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+ws = moe_ops.init_workspace(None, max_tokens_per_rank=8, hidden_size=32, top_k=2, timeout_s=5.0 if case == "absent" else 40.0)
+w = weights(rank)
+w["gate_up"], w["down"] = w["gate_up"][2 * rank: 2 * rank + 2], w["down"][2 * rank: 2 * rank + 2]
+w["router"] = weights()["router"]
+rows = 8 - 3 * rank if case == "capacity" else 8
+layers = 2 if case == "layers" and rank == 1 else 1
+max_tokens = 20 if case == "shape" and rank == 1 else 16
+
+def model(x, w, count):
+    for _ in range(layers):
+        x = x + routed(x, w, count, group=ws.group_name, start=2 * rank, max_tokens=max_tokens)
+    return x
+
+x, count = batch(rank)[:rows], torch.tensor([3 + rank], dtype=torch.int32)
+result = {}
+try:
+    if case == "absent" and rank == 1:
+        dist.distributed_c10d._get_default_store().wait(["done"], timedelta(seconds=60))
+    else:
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True)
+            out = [compiled(x, w, count) for _ in range(2)][1]
+            lowering.disable()
+            torch._dynamo.reset()
+            result["equal"] = torch.equal(out, torch.compile(model, fullgraph=True)(x, w, count))
+except lowering.AgreementError as error:
+    result["error"] = str(error)
+dist.distributed_c10d._get_default_store().set("done", "1")
+print(json.dumps(result))
+sys.stdout.flush()
+import os; os._exit(0)
+"""
+
+
+def two_ranks(tmp_path: Path, case: str) -> list[dict]:
+    """What each of two processes reports."""
+    command = [sys.executable, "-c", _RANK]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meet"), case],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=150) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, (out, errors) in zip(ranks, outputs):
+        assert rank.returncode == 0 and out, errors
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+def test_ranks_that_agree_go_on_and_lowering_changes_no_bit(tmp_path: Path):
+    """Their capacities T differ, which is no disagreement."""
+    assert two_ranks(tmp_path, "capacity") == [{"equal": True}] * 2
+
+
+@pytest.mark.parametrize("case", ["layers", "shape"])
+def test_a_difference_is_an_error_that_shows_both(tmp_path: Path, case: str):
+    for rank, report in enumerate(two_ranks(tmp_path, case)):
+        error = report["error"]
+        assert "agree: ranks compiled different communication." in error
+        assert f"Rank {rank}: " in error and f"Rank {1 - rank}: " in error
+        assert ("2 x [" in error) == (case == "layers") and ("max_tokens=20" in error) == (case == "shape")
+
+
+def test_a_rank_that_does_not_come_is_an_error_not_a_hang(tmp_path: Path):
+    first, _ = two_ranks(tmp_path, "absent")
+    assert "rank 1 did not come to compare graphs within 5 s" in first["error"]
+    assert "Rank 0 is about to run: metadata_update(); agv_dispatch(" in first["error"]

@@ -1,0 +1,86 @@
+"""explain: what was done, refused, copied; and the reader of generated code."""
+
+import json
+
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+import lowering
+from lowering.copies import Copy, copies_in_code, ops_in_code
+from tests.lowering.layers import batch, ops, routed, weights
+
+COUNT = torch.tensor([5], dtype=torch.int32)
+
+
+def model(x: Tensor, w: dict[str, Tensor], counts: Tensor) -> Tensor:
+    x = x + routed(x, w, counts[0:1])
+    x = x + routed(x, w, counts[0:1])
+    return x + routed(x, w, counts[1:2])
+
+
+def test_text_and_json_say_the_same():
+    counts = torch.tensor([5, 4], dtype=torch.int32)
+    explanation = lowering.explain(model, batch(), weights(), counts)
+    assert_expected_inline(
+        str(explanation),
+        """\
+lowering: on
+graphs: 1, graph breaks: 0, partitions: 0, cudagraph skips: 0
+ops: 1 agree, 2 metadata_update, 3 agv_dispatch, 3 fused_moe, 3 rsv_combine
+graph 0:
+  hoist_metadata: 1 done, 1 refused
+    + with_effects_3: reads with_effects instead
+    - with_effects_6: counts another tensor or group than with_effects
+  agreement: 1 done, 0 refused
+    + group 'local': metadata_update(); 2 x [agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); rsv_combine(expert_output=bfloat16[8,32])]; metadata_update(); agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); rsv_combine(expert_output=bfloat16[8,32])
+copies around the ops: 0""",
+    )
+    data = json.loads(explanation.to_json())
+    assert data["active"] and data["compiled_graphs"] == 1 and data["graph_breaks"] == {}
+    assert data["graphs"][0]["ops_before"]["metadata_update"] == 3
+    assert data["graphs"][0]["ops_after"]["metadata_update"] == 2
+    assert data["copies"] == []
+
+
+def test_a_compiled_model_is_explained_like_its_source():
+    compiled = torch.compile(model)
+    counts = torch.tensor([5, 4], dtype=torch.int32)
+    again = lowering.explain(compiled, batch(), weights(), counts)
+    assert again.to_json() == lowering.explain(model, batch(), weights(), counts).to_json()
+
+
+def test_graph_breaks_are_counted():
+    def broken(x: Tensor, w: dict[str, Tensor], count: Tensor) -> Tensor:
+        x = x + routed(x, w, count)
+        torch._dynamo.graph_break()
+        return x + routed(x, w, count)
+
+    explanation = lowering.explain(broken, batch(), weights(), COUNT)
+    assert explanation.compiled_graphs == 2 and sum(explanation.graph_breaks.values()) == 1
+
+
+def test_a_copy_beside_an_op_is_found():
+    def copying(x: Tensor, count: Tensor) -> Tensor:
+        metadata = ops.metadata_update(count, "local")
+        y = ops.rsv_combine(x, count, metadata, 8, "local").t().contiguous()
+        return ops.rsv_combine(y, count, metadata, 8, "local")
+
+    explanation = lowering.explain(copying, batch(), COUNT)
+    assert [copy.op for copy in explanation.copies] == ["rsv_combine"]
+
+
+def test_only_kernels_that_just_move_data_count():
+    code = """
+        buf3 = torch.ops.moe_ep.rsv_combine.default(buf1, arg1_1, buf0, 8, 'local')
+        buf4 = buf3
+        triton_poi_fused_clone_0.run(buf4, buf5, 256, stream=stream0)
+        triton_poi_fused__to_copy_clone_1.run(buf9, buf1, 256, stream=stream0)
+        triton_poi_fused_add_clone_2.run(buf4, buf6, 256, stream=stream0)
+        triton_poi_fused_clone_3.run(buf7, buf8, 256, stream=stream0)
+    """
+    assert ops_in_code(code) == ["rsv_combine"]
+    assert copies_in_code(code) == [
+        Copy("triton_poi_fused_clone_0", "rsv_combine", "buf4"),
+        Copy("triton_poi_fused__to_copy_clone_1", "rsv_combine", "buf1"),
+    ]
