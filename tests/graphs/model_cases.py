@@ -63,6 +63,7 @@ class GraphKeeper:
         return [n.name for gm in self.graphs for n in gm.graph.nodes if free_unbacked_symbols(n.meta.get("val"))]
 
     def calls(self, op_name: str) -> int:
-        """Calls of ``torch.ops.moe_ep.<op_name>`` in all graphs."""
+        """Calls of ``torch.ops.moe_ep.<op_name>`` in all graphs; ordered ops are an argument of ``with_effects``."""
+        op = getattr(torch.ops.moe_ep, op_name).default
         nodes = (node for gm in self.graphs for node in gm.graph.nodes if node.op == "call_function")
-        return sum(f"moe_ep.{op_name}." in f"{node.target} {node.args}" for node in nodes)
+        return sum(node.target is op or any(arg is op for arg in node.args) for node in nodes)

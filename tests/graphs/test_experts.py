@@ -76,7 +76,7 @@ def test_rows_that_are_not_live_come_out_as_zeros():
     state.declare_batch(4, 4)  # 4 sequences of 2 tokens
     state.live.fill_(3)
     some = experts(x, ids, weights)
-    torch.testing.assert_close(some[:6], everything[:6], rtol=0, atol=1e-6)
+    torch.testing.assert_close(some[:6], everything[:6], rtol=0, atol=1e-5)
     assert not some[6:].any()
 
 
