@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -147,7 +147,8 @@ def stdout_kept_clean() -> Iterator[int]:
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield kept
+        with redirect_stdout(sys.stderr):
+            yield kept
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)

@@ -7,7 +7,8 @@ from torch._dynamo.utils import counters
 import graphs
 from graphs.checkpoints import tiny_model
 from moe_ops.errors import CapacityError
-from tests.graphs.model_cases import FAMILIES, GraphKeeper, plain_model
+from tests.graphs.model_cases import FAMILIES, GraphKeeper, plain_model, prompts_of
+from tests.tolerances import MODEL_BF16_OVER_PLAIN, relative_error
 
 IDS = torch.randint(1, 512, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -23,6 +24,20 @@ def test_equals_eager_hugging_face(family: str):
     expected = logits(model)
     model.set_experts_implementation("moe_ep")
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_is_as_near_to_fp32_as_hugging_face(family: str):
+    ids = torch.tensor(prompts_of([32] * 8))
+    model = plain_model(family, torch.bfloat16)
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        model.set_experts_implementation("moe_ep")
+        ours = model(ids, use_cache=False).logits
+        model.set_experts_implementation("eager")
+        exact = model.float()(ids, use_cache=False).logits
+    assert ours.dtype == torch.bfloat16
+    assert relative_error(ours, exact) < MODEL_BF16_OVER_PLAIN * relative_error(plain, exact)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

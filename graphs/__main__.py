@@ -1,0 +1,5 @@
+"""``python -m graphs`` is ``moe-ep``."""
+
+from .cli import main
+
+main()
