@@ -4,7 +4,7 @@ Importing this package registers the ops and does nothing else; it needs no GPU,
 process group. ``init_workspace`` sets up what the communication ops of a group use.
 """
 
-from . import align, combine, dispatch, errors, fused_moe, metadata
+from . import align, combine, combine_add, dispatch, errors, fused_moe, metadata
 from .workspace import BufferInfo, Workspace, get_workspace, init_workspace
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Workspace",
     "align",
     "combine",
+    "combine_add",
     "dispatch",
     "errors",
     "fused_moe",

@@ -1,0 +1,192 @@
+"""``rsv_combine_add``: a combine that also scales its rows and adds tensors to them (shared experts, residual).
+
+The compiler puts it in place of ``rsv_combine`` and the pointwise ops behind it (``lowering/fuse_combine.py``).
+Its meaning is theirs: round the sum to the output's dtype, multiply, add one addend after the other, in fp32; with
+``round_each`` every step is rounded, as if each op ran alone, else only the last, as in one pointwise kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import collectives
+from .combine import _check as _check_combine
+from .combine import _empty_output
+from .comm_launch import choose_launch, is_aligned, rows_of
+from .errors import ArgumentError, ShapeError
+from .registration import register_op
+from .shapes import check_dtype, check_same_device
+from .symmetric import Channel
+from .workspace import Workspace, resolve
+
+_OP = "rsv_combine_add"
+MAX_ADDENDS = 4
+
+
+class Epilogue(NamedTuple):
+    """What happens to a combined row before it is stored: ``addends`` (num_rows, H) in the output's dtype."""
+
+    addends: Sequence[Tensor]
+    scale: float
+    round_each: bool
+
+
+class Pairs(NamedTuple):
+    """Experts' outputs that are not summed yet: ``rows (M * K, H)``, ids and weights (M, K) contiguous."""
+
+    rows: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    expert_start: int
+    num_experts: int
+
+
+def check_epilogue(op: str, epilogue: Epilogue, like: Tensor, num_rows: int, out_dtype: torch.dtype) -> None:
+    """Raise unless every addend is ``(num_rows, H)`` of ``out_dtype`` on ``like``'s device."""
+    if len(epilogue.addends) > MAX_ADDENDS:
+        raise ArgumentError(f"{op}: {len(epilogue.addends)} addends; pass at most {MAX_ADDENDS}.")
+    for number, addend in enumerate(epilogue.addends):
+        name = f"addends[{number}]"
+        check_dtype(op, name, addend, (out_dtype,))
+        check_same_device(op, **{"expert_output": like, name: addend})
+        if addend.shape != (num_rows, like.shape[1]):
+            raise ShapeError(
+                f"{op}: {name} has shape {tuple(addend.shape)}; pass (num_rows, H) = {(num_rows, like.shape[1])}."
+            )
+
+
+def apply_epilogue(rows: Tensor, epilogue: Epilogue) -> Tensor:
+    """The meaning, in plain torch: ``rows (T, H)`` are rounded already; the result has their dtype."""
+    dtype = rows.dtype
+
+    def step(values: Tensor) -> Tensor:
+        return values.to(dtype).float() if epilogue.round_each else values
+
+    total = step(rows.float() * epilogue.scale)
+    for addend in epilogue.addends:
+        total = step(total + addend.float())
+    return total.to(dtype)
+
+
+def launch_combine_add(
+    channel: Channel,
+    source: Tensor | Pairs,
+    local_tokens: Tensor,
+    metadata: Tensor,
+    num_rows: int,
+    epilogue: Epilogue,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The kernel over symmetric memory: one launch, one barrier. ``source``: expert output (M, H), or its pairs."""
+    from .chunks import Slots
+    from .combine_add_kernels import Routing, _combine_add_kernel
+
+    layout = channel.layout
+    pairs = source if isinstance(source, Pairs) else None
+    rows = pairs.rows if pairs is not None else source
+    assert isinstance(rows, Tensor)
+    top_k = pairs.topk_ids.shape[1] if pairs is not None else 0
+    max_tokens = rows.shape[0] // top_k if top_k else rows.shape[0]
+    out = _empty_output(rows, num_rows, out_dtype)
+    routing = Routing(*pairs[1:]) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0)
+    launch = choose_launch("rsv_combine", max_tokens, layout.hidden_row, rows.device.type)
+    _combine_add_kernel[(launch.blocks,)](
+        channel.peers(),
+        Slots(layout.combine_offset, layout.combine_slot, layout.capacity),
+        rows_of(rows),
+        routing,
+        rows_of(out),
+        tuple(map(rows_of, epilogue.addends)) or (rows_of(out),),
+        epilogue.scale,
+        local_tokens,
+        metadata,
+        min(num_rows, layout.max_tokens_per_rank),
+        max_tokens,
+        num_rows,
+        W=channel.world_size,
+        N=launch.chunks,
+        TOP_K=top_k,
+        ADDENDS=len(epilogue.addends),
+        ROUND_EACH=epilogue.round_each,
+        ALIGNED_IN=is_aligned(rows),
+        ALIGNED_OUT=all(map(is_aligned, (out, *epilogue.addends))),
+        MULTICAST=channel.multicast,
+        num_warps=launch.warps,
+    )
+    return out
+
+
+def combine_and_add(
+    op: str,
+    ws: Workspace,
+    expert_output: Tensor,
+    local_tokens: Tensor,
+    metadata: Tensor,
+    num_rows: int,
+    epilogue: Epilogue,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Checks that need the workspace, then the way of its transport."""
+    ws.check_call(op, rows=num_rows, hidden_size=expert_output.shape[1], top_k=None, device=expert_output.device)
+    ws.check()
+    if not expert_output.is_cuda:
+        collectives.check_counts_on_host(op, local_tokens, num_rows)
+    if ws.channel is None:
+        rows = collectives.rsv_combine(ws, expert_output, local_tokens, metadata, num_rows, out_dtype)
+        return apply_epilogue(rows, epilogue)
+    check_dtype(op, "expert_output", expert_output, (ws.config.dtype,))
+    out = launch_combine_add(ws.channel, expert_output, local_tokens, metadata, num_rows, epilogue, out_dtype)
+    if not out.is_cuda:
+        ws.check()
+    return out
+
+
+def _fake(
+    expert_output: Tensor,
+    local_tokens: Tensor,
+    metadata: Tensor,
+    num_rows: int,
+    addends: Sequence[Tensor],
+    group_name: str,
+    *,
+    scale: float = 1.0,
+    round_each: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check_combine(expert_output, local_tokens, metadata, num_rows, out_dtype)
+    epilogue = Epilogue(addends, scale, round_each)
+    check_epilogue(_OP, epilogue, expert_output, num_rows, out_dtype or torch.bfloat16)
+    return _empty_output(expert_output, num_rows, out_dtype)
+
+
+def _run(
+    expert_output: Tensor,
+    local_tokens: Tensor,
+    metadata: Tensor,
+    num_rows: int,
+    addends: Sequence[Tensor],
+    group_name: str,
+    *,
+    scale: float = 1.0,
+    round_each: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    dtype, epilogue = out_dtype or torch.bfloat16, Epilogue(addends, scale, round_each)
+    _check_combine(expert_output, local_tokens, metadata, num_rows, dtype)
+    check_epilogue(_OP, epilogue, expert_output, num_rows, dtype)
+    ws = resolve(group_name, _OP)
+    return combine_and_add(_OP, ws, expert_output, local_tokens, metadata, num_rows, epilogue, dtype)
+
+
+rsv_combine_add = register_op(
+    "rsv_combine_add(Tensor expert_output, Tensor local_tokens, Tensor metadata, int num_rows, Tensor[] addends, "
+    "str group_name, *, float scale=1.0, bool round_each=True, ScalarType? out_dtype=None) -> Tensor",
+    fake=_fake,
+    cpu=_run,
+    cuda=_run,
+    ordered=True,
+)

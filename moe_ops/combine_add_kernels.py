@@ -1,0 +1,157 @@
+"""Device code of ``rsv_combine_add`` and ``fused_moe_combine``: a combine whose ends are joined to its neighbours.
+
+Before the meeting it may sum the experts' pairs itself (``fused_moe``'s last step, straight into the symmetric
+slot: nothing is copied in). After it, it scales its rows and adds tensors to them (shared experts, residual).
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .barrier import enter, leave, live_rows, signal, wait
+from .chunks import first_unit, gather_chunk, row_chunks, slot_offset
+from .combine_kernels import _add, _floats, _sources, _store_octet, _sum_over_ranks
+from .ptx import round_pair, store_chunk
+from .symmetric import OP_CODES
+
+_OP = tl.constexpr(OP_CODES["rsv_combine"])
+
+
+class Routing(NamedTuple):
+    """Where each pair ``row * K + slot`` goes: ids and weights (M, K) contiguous, and this rank's experts."""
+
+    ids: object
+    weights: object
+    expert_start: int
+    num_experts: int
+
+
+@triton.jit
+def _words(values, DTYPE: tl.constexpr):
+    """A chunk of 4 fp32 values, or of 8 rounded to bf16 or fp16."""
+    words = ()
+    for i in tl.static_range(4):
+        if DTYPE == tl.float32:
+            words = words + (values[i].to(tl.int32, bitcast=True),)
+        else:
+            words = words + (round_pair(values[2 * i], values[2 * i + 1], DTYPE),)
+    return words
+
+
+@triton.jit
+def _rounded(values, DTYPE: tl.constexpr):
+    """Eight fp32 values with the precision of ``DTYPE``."""
+    if DTYPE == tl.float32:
+        return values
+    else:
+        return _floats(_words(values, DTYPE), 0, DTYPE)
+
+
+@triton.jit
+def _scaled(values, factor, COUNT: tl.constexpr):
+    result = ()
+    for i in tl.static_range(COUNT):
+        result = result + (values[i] * factor,)
+    return result
+
+
+@triton.jit
+def _own_chunk(source, routing, row, chunk, mask, TOP_K: tl.constexpr, ALIGNED: tl.constexpr):
+    """A chunk of this rank's partial result: a row of ``source``, or the weighted sum of its local pairs."""
+    if TOP_K == 0:
+        words = gather_chunk(source, row, chunk, mask, ALIGNED)
+    else:
+        DTYPE: tl.constexpr = source.data.dtype.element_ty
+        COUNT: tl.constexpr = 4 if DTYPE == tl.float32 else 8
+        total = ()
+        for _ in tl.static_range(COUNT):
+            total = total + ((chunk * 0).to(tl.float32),)
+        for slot in tl.static_range(TOP_K):
+            pair = row * TOP_K + slot
+            expert = tl.load(routing.ids + pair) - routing.expert_start
+            local = (expert >= 0) & (expert < routing.num_experts)
+            weight = tl.where(local, tl.load(routing.weights + pair).to(tl.float32), 0.0)
+            inside = mask & (chunk < tl.where(local, row_chunks(source), 0))
+            part = _floats(gather_chunk(source, pair, chunk, inside, ALIGNED), 0, DTYPE)
+            total = _add(total, _scaled(part, weight, COUNT), COUNT)
+        words = _words(total, DTYPE)
+    return words
+
+
+@triton.jit
+def _addend(rows, row, octet, mask, ALIGNED: tl.constexpr):
+    """Eight fp32 values a lane of one row of a tensor."""
+    DTYPE: tl.constexpr = rows.data.dtype.element_ty
+    HALVES: tl.constexpr = 2 if DTYPE == tl.float32 else 1
+    values = ()
+    for half in tl.static_range(HALVES):
+        chunk = octet * HALVES + half
+        inside = mask & (chunk < row_chunks(rows))
+        values = values + _floats(gather_chunk(rows, row, chunk, inside, ALIGNED), 0, DTYPE)
+    return values
+
+
+@triton.jit
+def _join(
+    values, addends, scale, row, octet, mask,
+    DTYPE: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """``round(sum) * scale + addends[0] + ...`` in fp32; with ROUND_EACH rounded to DTYPE after every step."""
+    values = _scaled(_rounded(values, DTYPE), scale, 8)
+    if ROUND_EACH:
+        values = _rounded(values, DTYPE)
+    for i in tl.static_range(ADDENDS):
+        values = _add(values, _addend(addends[i], row, octet, mask, ALIGNED), 8)
+        if ROUND_EACH:
+            values = _rounded(values, DTYPE)
+    return values
+
+
+@triton.jit
+def _combine_add_kernel(
+    peers, slots, source, routing, out, addends, scale, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, num_rows,
+    W: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr,
+    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr,
+):  # fmt: skip
+    """``combine_kernels._combine_kernel`` with joined ends. Grid and units are the same: G programs.
+
+    TOP_K 0: ``source (M, H)`` are rows; else ``(M * TOP_K, H)`` are pairs, summed with ``routing``'s weights.
+    Example: TOP_K 2, weights [0.5, 2], ids [local, remote]: rank's row is 0.5 * pair 0, rounded; one addend [[1, ...]]
+    makes a dead row 1 and a live row its sum over ranks, rounded, plus 1.
+    """
+    DTYPE: tl.constexpr = source.data.dtype.element_ty
+    OUT: tl.constexpr = out.data.dtype.element_ty
+    COUNT: tl.constexpr = 1 if MULTICAST else W
+    HALVES: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # chunks of an octet
+    lanes = tl.arange(0, N)
+    chunks = row_chunks(source)
+    octets = (source.length + 7) // 8
+    segments = (octets + N - 1) // N
+
+    call = enter(peers, W)
+    slot = slot_offset(slots, call.epoch)
+    bases = _sources(peers, slot, W, MULTICAST)
+    most = tl.minimum(slots.rows, max_tokens)
+    t, valid, offset, call = live_rows(peers, call, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
+    for unit in tl.range(first_unit(valid * 0), valid * segments, tl.num_programs(0)):
+        row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
+        for half in tl.static_range(HALVES):
+            chunk = octet * HALVES + half
+            data = _own_chunk(source, routing, row, chunk, chunk < chunks, TOP_K, ALIGNED_IN)
+            store_chunk(call.own + slot + (row * chunks + chunk) * 16, data, chunk < chunks, False)
+    signal(peers, call, t, W, MULTICAST)
+
+    _, ok = wait(peers, call, _OP, W, MULTICAST)
+    live_end = tl.where(ok, offset + t, offset)
+    for unit in tl.range(first_unit(offset * segments), (offset + num_rows) * segments, tl.num_programs(0)):
+        row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
+        values = ()
+        for half in tl.static_range(HALVES):
+            chunk = octet * HALVES + half
+            inside = (chunk < chunks) & (row < live_end)
+            values = values + _sum_over_ranks(bases, (row * chunks + chunk) * 16, inside, COUNT, DTYPE, MULTICAST)
+        inside = octet < octets
+        values = _join(values, addends, scale, row - offset, octet, inside, OUT, ADDENDS, ROUND_EACH, ALIGNED_OUT)
+        _store_octet(out, row - offset, octet, values, inside, ALIGNED_OUT)
+    leave(peers, call)

@@ -1,0 +1,150 @@
+"""rsv_combine_add: the meaning in plain torch, and the kernel (rows and pairs) in the emulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_ops import reference
+from moe_ops.combine_add import Epilogue, Pairs, apply_epilogue, launch_combine_add
+from moe_ops.emulator import Rank, run_ranks
+from moe_ops.errors import ArgumentError, DtypeError, ShapeError
+from moe_ops.symmetric import Layout
+
+ops = torch.ops.moe_ep
+COUNT = torch.tensor([1], dtype=torch.int32)
+METADATA = torch.tensor([1, 0, 1], dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call on every rank; ``top_k`` 0: rows, else pairs."""
+
+    counts: tuple[int, ...]
+    top_k: int = 0
+    addends: int = 1
+    round_each: bool = True
+    scale: float = 1.0
+    hidden_size: int = 40
+    dtype: torch.dtype = torch.bfloat16
+    out_dtype: torch.dtype = torch.bfloat16
+    rows: int = 4
+    strided: bool = False
+
+
+CASES = [
+    Case((2, 3)),
+    Case((2, 3), addends=2, scale=2.5),
+    Case((2, 3), addends=3, scale=0.3, round_each=False),
+    Case((0, 4), addends=0, scale=2.5, hidden_size=7),
+    Case((4, 1), top_k=3),
+    Case((4, 1), top_k=3, addends=2, strided=True),
+    Case((2, 2), top_k=2, hidden_size=9, dtype=torch.float16, out_dtype=torch.float32, addends=2),
+    Case((3, 0), top_k=1, dtype=torch.float32, out_dtype=torch.float32, addends=1),
+    Case((3, 1), addends=2, out_dtype=torch.float16),
+]
+
+
+def random_tensor(seed: int, rows: int, case: Case, dtype: torch.dtype, live: int | None = None) -> Tensor:
+    """``(rows, H)``, NaN from row ``live`` on; transposed in memory where the case is strided."""
+    values = torch.randn(rows, case.hidden_size, generator=torch.Generator().manual_seed(seed)) * 3
+    if live is not None:
+        values[live:] = torch.nan
+    return values.to(dtype).T.contiguous().T if case.strided else values.to(dtype)
+
+
+def pairs_of(case: Case, rank: int, max_tokens: int) -> Pairs:
+    """Pairs of one rank; rank r has experts 2r and 2r+1; pairs of other ranks and of dead rows are NaN."""
+    generator = torch.Generator().manual_seed(77)
+    valid = sum(case.counts)
+    ids = torch.randint(-1, 2 * len(case.counts), (max_tokens, case.top_k), generator=generator)
+    ids[valid:] = -1
+    weights = torch.rand(max_tokens, case.top_k, generator=generator)
+    local = (ids >= 2 * rank) & (ids < 2 * rank + 2)
+    rows = random_tensor(rank, max_tokens * case.top_k, case, case.dtype)
+    rows[~local.flatten()] = torch.nan
+    return Pairs(rows, ids, weights, 2 * rank, 2)
+
+
+def summed(pairs: Pairs, case: Case) -> Tensor:
+    """What ``fused_moe`` would return: local slots in order, fp32, rounded once."""
+    total = torch.zeros(pairs.topk_ids.shape[0], case.hidden_size)
+    rows = pairs.rows.float().reshape(*pairs.topk_ids.shape, -1)
+    for slot in range(case.top_k):
+        ids = pairs.topk_ids[:, slot]
+        local = ((ids >= pairs.expert_start) & (ids < pairs.expert_start + pairs.num_experts))[:, None]
+        total += torch.where(local, pairs.topk_weights[:, slot, None] * rows[:, slot], 0.0)
+    return total.to(case.dtype)
+
+
+def check_case(rank: Rank, case: Case) -> None:
+    """The kernel equals the oracle and ``apply_epilogue``, bit for bit, twice."""
+    world, max_tokens = len(case.counts), len(case.counts) * case.rows + 1
+    channel = rank.channel(Layout(world, case.rows + 1, case.hidden_size, max(case.top_k, 1), case.dtype))
+    if case.top_k:
+        all_pairs = [pairs_of(case, peer, max_tokens) for peer in range(world)]
+        source, outputs = all_pairs[rank.rank], [summed(pairs, case) for pairs in all_pairs]
+    else:
+        outputs = [random_tensor(peer, max_tokens, case, case.dtype, sum(case.counts)) for peer in range(world)]
+        source = outputs[rank.rank]
+    addends = [random_tensor(50 + i, case.rows, case, case.out_dtype) for i in range(case.addends)]
+    epilogue = Epilogue(addends, case.scale, case.round_each)
+    rows = reference.rsv_combine(outputs, case.counts, [case.rows] * world, case.out_dtype)[rank.rank]
+    count = torch.tensor([case.counts[rank.rank]], dtype=torch.int32)
+    metadata = reference.metadata(case.counts)[rank.rank]
+    for _ in range(2):
+        got = launch_combine_add(channel, source, count, metadata, case.rows, epilogue, case.out_dtype)
+        assert torch.equal(got, apply_epilogue(rows, epilogue)), (case, got, apply_epilogue(rows, epilogue))
+    rank.meet()
+    channel.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_kernel_equals_the_oracle(case: Case):
+    run_ranks(len(case.counts), check_case, case)
+
+
+@pytest.mark.parametrize("counts", [(2,), (1, 0, 3), (3, 1, 2, 4)], ids=str)
+def test_other_world_sizes(counts: tuple[int, ...]):
+    run_ranks(len(counts), check_case, Case(counts, top_k=2, addends=1))
+
+
+def test_literal():
+    """Rank's row is 3; times 2 plus 10; the dead row is 0, so only the addend remains."""
+    y = torch.tensor([[3.0, 4.0], [torch.nan, torch.nan]]).bfloat16()
+    addend = torch.full((2, 2), 10.0, dtype=torch.bfloat16)
+    out = ops.rsv_combine_add(y, COUNT, METADATA, 2, [addend], "local", scale=2.0)
+    assert out.tolist() == [[16.0, 18.0], [10.0, 10.0]]
+
+
+def test_rounding_each_step_is_what_the_ops_alone_do():
+    generator = torch.Generator().manual_seed(0)
+    y, a, b = (torch.randn(64, 33, generator=generator).bfloat16() for _ in range(3))
+    count, metadata = torch.tensor([60], dtype=torch.int32), torch.tensor([60, 0, 60], dtype=torch.int32)
+    alone = ops.rsv_combine(y, count, metadata, 64, "local")
+    joined = ops.rsv_combine_add(y, count, metadata, 64, [a, b], "local", scale=0.3)
+    assert torch.equal(joined, alone * 0.3 + a + b)
+    once = ops.rsv_combine_add(y, count, metadata, 64, [a, b], "local", scale=0.3, round_each=False)
+    assert torch.equal(once, (alone.float() * 0.3 + a.float() + b.float()).bfloat16())
+    assert not torch.equal(once, joined)
+
+
+def test_opcheck():
+    y, addend = torch.randn(4, 8).bfloat16(), torch.randn(2, 8).bfloat16()
+    torch.library.opcheck(ops.rsv_combine_add, (y, COUNT, METADATA, 2, [addend, addend], "local"), {"scale": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("addends", "error", "message"),
+    [
+        ([torch.zeros(3, 8, dtype=torch.bfloat16)], ShapeError, r"addends\[0\] has shape \(3, 8\); pass .* = \(2, 8\)"),
+        ([torch.zeros(2, 8)], DtypeError, r"addends\[0\] is torch.float32; convert it to one of bfloat16"),
+        ([torch.zeros(2, 8, dtype=torch.bfloat16)] * 5, ArgumentError, "5 addends; pass at most 4"),
+    ],
+)
+def test_mistakes_are_named(addends: list[Tensor], error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        ops.rsv_combine_add(torch.zeros(4, 8).bfloat16(), COUNT, METADATA, 2, addends, "local")
