@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -162,8 +161,9 @@ def _compare(store: dist.Store, key: str, text: str, ranks: tuple[int, int], tim
         store.wait([key], timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise AgreementError(
-            f"agree: rank {peer} did not come to compare graphs within {timeout_s:g} s: it runs another graph, or none. "
-            f"Rank {mine} is about to run: {text}. Compile and call the same graphs in the same order on every rank."
+            f"agree: rank {peer} did not come to compare graphs within {timeout_s:g} s: it runs another graph, or "
+            f"none. Rank {mine} is about to run: {text}. "
+            "Compile and call the same graphs in the same order on every rank."
         ) from error
     theirs = store.get(key).decode()
     if theirs != text:

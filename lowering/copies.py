@@ -47,8 +47,8 @@ def _ops_by_buffer(source: str) -> tuple[dict[str, str], dict[str, str]]:
         if alias := _ALIAS.match(line):
             roots[alias["out"]] = roots.get(alias["source"], alias["source"])
         elif call := _CALL.match(line):
-            names = [*_BUFFER.findall(call["args"]), *([call["out"]] if call["out"] else [])]
-            ops.update((roots.get(name, name), call["op"]) for name in names if name.startswith("buf"))
+            names: list[str] = [*_BUFFER.findall(call["args"]), call["out"] or ""]
+            ops.update({roots.get(name, name): str(call["op"]) for name in names if name.startswith("buf")})
     return ops, roots
 
 

@@ -50,7 +50,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if unknown := sorted(self.without - set(NAMES)):
-            raise UnknownPassError(f"lowering: no pass is named {', '.join(unknown)}; the names are {', '.join(NAMES)}.")
+            raise UnknownPassError(
+                f"lowering: no pass is named {', '.join(unknown)}; the names are {', '.join(NAMES)}."
+            )
 
 
 class Lowering(torch_compat.graph_pass_base()):
@@ -70,10 +72,15 @@ class Lowering(torch_compat.graph_pass_base()):
         user = [torch_compat.pass_uuid(user_pass) for user_pass in self.user_passes]
         if any(uuid is None for uuid in user):
             return None
-        return ("moe_ep.lowering", torch_compat.hash_of_sources(Path(__file__).parent), sorted(self.options.without), user)
+        return (
+            "moe_ep.lowering",
+            torch_compat.hash_of_sources(Path(__file__).parent),
+            sorted(self.options.without),
+            user,
+        )
 
 
-def run_passes(graph: Graph, options: Options = Options()) -> GraphReport:  # noqa: B008 - frozen
+def run_passes(graph: Graph, options: Options = Options()) -> GraphReport:
     """Run all passes that ``options`` leaves on; the graph is valid again afterwards."""
     before = _count_ops(graph)
     outcomes = []

@@ -40,7 +40,7 @@ getitem_1 = with_effects[1]
 with_effects_1 = !rsv_combine(getitem, arg2_1, arg1_1, getitem_1, 8, 'local')
 getitem_2 = with_effects_1[0]
 getitem_3 = with_effects_1[1]
-return (getitem_3)""",
+return (getitem_3)""",  # noqa: E501
     )
     assert outcome.done == ["group 'local': metadata_update(); rsv_combine(expert_output=bfloat16[8,32])"]
     assert torch.equal(before[0], module(*inputs)[0])
@@ -63,7 +63,7 @@ def test_equal_layers_are_written_once_and_T_is_left_out():
     HoistMetadata().run(module.graph)
     assert_expected_inline(
         "\n".join(Agreement().run(module.graph).done),
-        """group 'local': metadata_update(); 3 x [agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=24); rsv_combine(expert_output=bfloat16[24,32])]""",
+        """group 'local': metadata_update(); 3 x [agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=24); rsv_combine(expert_output=bfloat16[24,32])]""",  # noqa: E501
     )
 
 
@@ -90,7 +90,8 @@ from tests.lowering.layers import batch, routed, weights
 rank, path, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-ws = moe_ops.init_workspace(None, max_tokens_per_rank=8, hidden_size=32, top_k=2, timeout_s=5.0 if case == "absent" else 40.0)
+timeout_s = 5.0 if case == "absent" else 40.0
+ws = moe_ops.init_workspace(None, max_tokens_per_rank=8, hidden_size=32, top_k=2, timeout_s=timeout_s)
 w = weights(rank)
 w["gate_up"], w["down"] = w["gate_up"][2 * rank: 2 * rank + 2], w["down"][2 * rank: 2 * rank + 2]
 w["router"] = weights()["router"]

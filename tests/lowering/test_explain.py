@@ -34,7 +34,7 @@ graph 0:
     - with_effects_6: counts another tensor or group than with_effects
   agreement: 1 done, 0 refused
     + group 'local': metadata_update(); 2 x [agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); rsv_combine(expert_output=bfloat16[8,32])]; metadata_update(); agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); rsv_combine(expert_output=bfloat16[8,32])
-copies around the ops: 0""",
+copies around the ops: 0""",  # noqa: E501
     )
     data = json.loads(explanation.to_json())
     assert data["active"] and data["compiled_graphs"] == 1 and data["graph_breaks"] == {}
