@@ -96,10 +96,13 @@ def _word_offset(epoch, W: tl.constexpr):
 
 
 @triton.jit
-def _fail(peers, call, failed, kind, op, ranks, amounts):
-    """Where ``failed``, poison the workspace and tell the host, unless it is poisoned already. Returns the poison."""
+def _fail(peers, call, failed, kind, op, ranks, missed, amounts):
+    """Where ``failed``, poison the workspace and tell the host, unless it is poisoned already. Returns the poison.
+
+    ``ranks``: the ranks to report, ``missed``: those that aborts will name (int64 masks).
+    """
     failed = failed & (call.poison == 0)
-    poison = (1 << 32) | (ranks & 0xFFFFFFFF)
+    poison = (1 << 32) | missed
     header = call.epoch * 0 + (kind | (op << 8))
     record_failure(
         failed.to(tl.int32), peers.state.to(tl.int64), poison, peers.record, header, call.epoch, ranks, amounts
@@ -111,7 +114,7 @@ def _fail(peers, call, failed, kind, op, ranks, amounts):
 def check_capacity(peers, call, op, rows, limit, ranks):
     """Poison the workspace if ``rows > limit`` (scalars). ``ranks``: mask of whose rows, int64. Returns the call."""
     amounts = (rows.to(tl.int64) << 32) | limit
-    poison = _fail(peers, call, rows > limit, KIND_CAPACITY, op, ranks, amounts)
+    poison = _fail(peers, call, rows > limit, KIND_CAPACITY, op, ranks, ranks * 0, amounts)
     return Call(call.epoch, poison, call.table, call.own)
 
 
@@ -174,7 +177,7 @@ def _give_up(peers, call, op, verdict, each, word, W: tl.constexpr):
     missed = tl.where(verdict == _LATE, late, told)
     kind = tl.where(missed == 0, KIND_ABORTED, KIND_TIMEOUT)
     ranks = tl.where(missed == 0, quitters, missed)
-    _fail(peers, call, verdict != _HERE, kind, op, ranks, ranks * 0)
+    _fail(peers, call, verdict != _HERE, kind, op, ranks, missed, missed * 0)
     _send(peers, call, call.epoch + 1 + ABORT, missed, call.poison == 0, W, False)
 
 

@@ -44,18 +44,11 @@ def row_chunks(rows):
 
 
 @triton.jit
-def _word_address(rows, row, chunk, WORD: tl.constexpr):
-    """Address of the 32-bit word ``WORD`` (0..3) of each chunk, and the element it starts in."""
+def _gather_word(rows, row, chunk, mask, WORD: tl.constexpr):
+    """The 32-bit word ``WORD`` (0..3) of each chunk."""
     ITEM: tl.constexpr = rows.data.dtype.element_ty.primitive_bitwidth // 8
     element = chunk * (16 // ITEM) + (WORD * 4) // ITEM
     address = rows.data.to(tl.int64) + row * rows.row_stride + element.to(tl.int64) * rows.element_stride
-    return address + (WORD * 4) % ITEM, element
-
-
-@triton.jit
-def _gather_word(rows, row, chunk, mask, WORD: tl.constexpr):
-    ITEM: tl.constexpr = rows.data.dtype.element_ty.primitive_bitwidth // 8
-    address, element = _word_address(rows, row, chunk, WORD)
     inside = mask & (element < rows.length)
     if ITEM == 2:
         low = tl.load(address.to(tl.pointer_type(tl.int16)), mask=inside, other=0)
@@ -63,19 +56,21 @@ def _gather_word(rows, row, chunk, mask, WORD: tl.constexpr):
         high = tl.load((address + rows.element_stride).to(tl.pointer_type(tl.int16)), mask=second, other=0)
         word = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
     else:
-        word = tl.load(address.to(tl.pointer_type(tl.int32)), mask=inside, other=0)
+        word = tl.load((address + (WORD * 4) % ITEM).to(tl.pointer_type(tl.int32)), mask=inside, other=0)
     return word
 
 
 @triton.jit
 def _scatter_word(rows, row, chunk, word, mask, WORD: tl.constexpr):
+    """The inverse, into an output, whose rows are contiguous."""
     ITEM: tl.constexpr = rows.data.dtype.element_ty.primitive_bitwidth // 8
-    address, element = _word_address(rows, row, chunk, WORD)
+    element = chunk * (16 // ITEM) + (WORD * 4) // ITEM
+    address = rows.data.to(tl.int64) + row * rows.row_stride + chunk * 16 + WORD * 4
     inside = mask & (element < rows.length)
     if ITEM == 2:
         tl.store(address.to(tl.pointer_type(tl.int16)), word.to(tl.int16), mask=inside)
         second = mask & (element + 1 < rows.length)
-        tl.store((address + rows.element_stride).to(tl.pointer_type(tl.int16)), (word >> 16).to(tl.int16), mask=second)
+        tl.store((address + 2).to(tl.pointer_type(tl.int16)), (word >> 16).to(tl.int16), mask=second)
     else:
         tl.store(address.to(tl.pointer_type(tl.int32)), word, mask=inside)
 
@@ -95,7 +90,7 @@ def gather_chunk(rows, row, chunk, mask, ALIGNED: tl.constexpr):
 
 @triton.jit
 def scatter_chunk(rows, row, chunk, data, mask, ALIGNED: tl.constexpr):
-    """The inverse: store chunks into a row of a local tensor."""
+    """The inverse: store chunks into a row of an output (local, contiguous)."""
     if ALIGNED:
         store_chunk(rows.data.to(tl.int64) + row * rows.row_stride + chunk * 16, data, mask, False)
     else:

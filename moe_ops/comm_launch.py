@@ -23,7 +23,7 @@ class Launch(NamedTuple):
     chunks: int
 
 
-_EMULATED = Launch(blocks=3, warps=1, chunks=64)  # the interpreter runs programs one by one; three show the order
+_EMULATED = Launch(blocks=2, warps=1, chunks=32)  # the interpreter runs programs one by one: as few as show the order
 
 
 @cache

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .comm_launch import WARP, choose_launch, is_aligned, rows_of
+from .comm_launch import WARP, Launch, choose_launch, is_aligned, rows_of
 from .errors import ShapeError
 from .registration import register_op
-from .shapes import check_dtype, check_rank, check_same_device, check_scalar_count, check_topk
+from .shapes import CHUNK_BYTES, check_dtype, check_rank, check_same_device, check_scalar_count, check_topk
 from .symmetric import Channel
 from .workspace import resolve
 
@@ -64,6 +64,12 @@ def _fake(
     return _empty_outputs(hidden, topk_ids, topk_weights, max_tokens)
 
 
+def _routing_lanes(topk_ids: Tensor, topk_weights: Tensor, launch: Launch) -> int:
+    """Lanes that cover ids and weights of a row, a chunk each, and every thread."""
+    chunks = sum(-(-tensor.shape[1] * tensor.element_size() // CHUNK_BYTES) for tensor in (topk_ids, topk_weights))
+    return max(WARP * launch.warps, 1 << (chunks - 1).bit_length())
+
+
 def launch_dispatch(
     channel: Channel,
     hidden: Tensor,
@@ -91,9 +97,10 @@ def launch_dispatch(
         max_tokens,
         W=channel.world_size,
         N=launch.chunks,
-        R=WARP * launch.warps,
+        R=_routing_lanes(topk_ids, topk_weights, launch),
         ALIGNED_IN=is_aligned(hidden),
         ALIGNED_OUT=is_aligned(outputs[0]),
+        ALIGNED_ROUTING=all(map(is_aligned, (topk_ids, topk_weights, *outputs[1:]))),
         MULTICAST=channel.multicast,
         num_warps=launch.warps,
     )

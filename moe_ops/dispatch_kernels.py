@@ -49,31 +49,37 @@ def _clear_ids(ids, start, stop, N: tl.constexpr):
 
 
 @triton.jit
-def _push_routing(bases, offset, source, row, R: tl.constexpr, COUNT: tl.constexpr, MULTICAST: tl.constexpr):
-    """Ids, then weights, of one row to ``offset`` on all destinations."""
+def _push_routing(
+    bases, offset, source, row, R: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr, MULTICAST: tl.constexpr
+):
+    """Ids, then weights, of one row to ``offset`` on all destinations, as one row of chunks."""
     lanes = tl.arange(0, R)
-    id_chunks, weight_chunks = row_chunks(source.ids), row_chunks(source.weights)
-    ids = gather_chunk(source.ids, row, lanes, lanes < id_chunks, False)
-    weights = gather_chunk(source.weights, row, lanes, lanes < weight_chunks, False)
-    _publish(bases, offset + lanes * 16, ids, lanes < id_chunks, COUNT, MULTICAST)
-    _publish(bases, offset + (id_chunks + lanes) * 16, weights, lanes < weight_chunks, COUNT, MULTICAST)
+    id_chunks = row_chunks(source.ids)
+    chunks = id_chunks + row_chunks(source.weights)
+    ids = gather_chunk(source.ids, row, lanes, lanes < id_chunks, ALIGNED)
+    late = (lanes >= id_chunks) & (lanes < chunks)
+    weights = gather_chunk(source.weights, row, lanes - id_chunks, late, ALIGNED)
+    both = (ids[0] | weights[0], ids[1] | weights[1], ids[2] | weights[2], ids[3] | weights[3])
+    _publish(bases, offset + lanes * 16, both, lanes < chunks, COUNT, MULTICAST)
 
 
 @triton.jit
-def _pull_routing(address, out, row, R: tl.constexpr):
+def _pull_routing(address, out, row, R: tl.constexpr, ALIGNED: tl.constexpr):
     """The inverse, out of this rank's slot."""
     lanes = tl.arange(0, R)
-    id_chunks, weight_chunks = row_chunks(out.ids), row_chunks(out.weights)
-    ids = load_chunk(address + lanes * 16, lanes < id_chunks)
-    weights = load_chunk(address + (id_chunks + lanes) * 16, lanes < weight_chunks)
-    scatter_chunk(out.ids, row, lanes, ids, lanes < id_chunks, False)
-    scatter_chunk(out.weights, row, lanes, weights, lanes < weight_chunks, False)
+    id_chunks = row_chunks(out.ids)
+    chunks = id_chunks + row_chunks(out.weights)
+    both = load_chunk(address + lanes * 16, lanes < chunks)
+    late = (lanes >= id_chunks) & (lanes < chunks)
+    scatter_chunk(out.ids, row, lanes, both, lanes < id_chunks, ALIGNED)
+    scatter_chunk(out.weights, row, lanes - id_chunks, both, late, ALIGNED)
 
 
 @triton.jit
 def _dispatch_kernel(
-    peers, slots, source, out, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, W: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr,
+    peers, slots, source, out, local_tokens_ptr, metadata_ptr, row_limit, max_tokens,
+    W: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, ALIGNED_ROUTING: tl.constexpr, MULTICAST: tl.constexpr,
 ):  # fmt: skip
     """Gather all ranks' live rows into ``out``. Grid: G programs; unit ``u`` of the global rows is ``u mod G``'s.
 
@@ -98,7 +104,8 @@ def _dispatch_kernel(
             data = gather_chunk(source.hidden, row - offset, chunk, chunk < chunks, ALIGNED_IN)
             _publish(bases, row * row_bytes + chunk * 16, data, chunk < chunks, DESTINATIONS, MULTICAST)
         else:
-            _push_routing(bases, row * row_bytes + chunks * 16, source, row - offset, R, DESTINATIONS, MULTICAST)
+            at = row * row_bytes + chunks * 16
+            _push_routing(bases, at, source, row - offset, R, ALIGNED_ROUTING, DESTINATIONS, MULTICAST)
     signal(peers, call, t, W, MULTICAST)
     _clear_ids(out.ids, valid.to(tl.int64) * out.ids.length, (call.epoch * 0 + max_tokens) * out.ids.length, R)
 
@@ -110,5 +117,5 @@ def _dispatch_kernel(
             data = load_chunk(origin + chunk * 16, chunk < chunks)
             scatter_chunk(out.hidden, row, chunk, data, chunk < chunks, ALIGNED_OUT)
         else:
-            _pull_routing(origin + chunks * 16, out, row, R)
+            _pull_routing(origin + chunks * 16, out, row, R, ALIGNED_ROUTING)
     leave(peers, call)

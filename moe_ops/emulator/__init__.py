@@ -1,10 +1,35 @@
 """The GPU kernels on CPUs: several processes, shared memory, Triton's interpreter, and our PTX in numpy.
 
-``TRITON_INTERPRET=1`` must be in the environment before Triton is imported. ``make_buffer`` gives a
-process group its shared memory; ``run_ranks`` runs a function on several ranks (tests, selftest).
+``run_ranks`` runs a function on several ranks (tests, selftest). ``make_buffer`` gives a process group
+its shared memory; for that, TRITON_INTERPRET=1 must be in the environment before Triton is imported.
 """
 
-from .machine import UnknownPtxError, execute, install
-from .memory import allocate_shared, make_buffer
+from __future__ import annotations
 
-__all__ = ["UnknownPtxError", "allocate_shared", "execute", "install", "make_buffer"]
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from ..errors import TransportError
+from .ranks import Rank, RankError, RankPool, run_ranks
+
+if TYPE_CHECKING:
+    from ..symmetric import SymmetricBuffer
+
+__all__ = ["Rank", "RankError", "RankPool", "make_buffer", "run_ranks"]
+
+
+def make_buffer(group: dist.ProcessGroup, nbytes: int) -> SymmetricBuffer:
+    """``nbytes`` of zeroed shared memory on every rank of a CPU ``group`` (all on one machine); collective.
+
+    Also lets Triton's interpreter run our inline assembly in this process. Raises ``TransportError``
+    where Triton compiles for a GPU in place of interpreting.
+    """
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        raise TransportError("the emulator needs TRITON_INTERPRET=1 in the environment before Triton is imported.")
+    from . import machine, memory
+
+    machine.install()
+    return memory.allocate_for_group(group, nbytes)

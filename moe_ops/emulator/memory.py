@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..symmetric import SymmetricBuffer
+from ..transports import group_store
 from . import machine
 
 SHARED_FOLDER = "/dev/shm"
@@ -43,14 +44,8 @@ def allocate_shared(store: dist.Store, rank: int, world_size: int, nbytes: int, 
     return _as_buffer(maps, rank, nbytes)
 
 
-def make_buffer(group: dist.ProcessGroup, nbytes: int) -> SymmetricBuffer:
-    """``nbytes`` of shared memory on every rank of a CPU ``group`` (all on one machine); collective.
-
-    Also lets Triton's interpreter run our inline assembly in this process.
-    """
-    from ..transports import group_store
-
-    machine.install()
+def allocate_for_group(group: dist.ProcessGroup, nbytes: int) -> SymmetricBuffer:
+    """``allocate_shared`` over the store that ``group``'s ranks met at."""
     key = f"moe_ep/emulator/{group.group_name}/{_next_number(group.group_name)}"
     return allocate_shared(group_store(group), group.rank(), group.size(), nbytes, key)
 
