@@ -64,11 +64,11 @@ def tiny_config(family: str = "qwen3_moe", **overrides: Any) -> Any:
 
 def tiny_model(family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A small model of ``family`` with the same random weights at every call."""
-    import transformers
+    from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
     return model.to(dtype).eval()
 
 

@@ -21,6 +21,7 @@ from moe_ops.errors import CapacityError
 from . import hf_compat
 from .errors import RequestError
 from .experts import ExpertParallelState
+from .hf_compat import Model
 from .sampling import Sampler, greedy
 from .sharding import check_peers, expert_parallel_state, group_size, shard_experts
 
@@ -41,7 +42,7 @@ class DecodeStep(nn.Module):
     history: Tensor
     column: Tensor
 
-    def __init__(self, model: nn.Module, cache: Any, batch: int, max_len: int, sampler: Sampler, device: torch.device):
+    def __init__(self, model: Model, cache: Any, batch: int, max_len: int, sampler: Sampler, device: torch.device):
         super().__init__()
         self.model, self.cache, self.sampler = model, cache, sampler
         sizes = {"tokens": (batch, 1), "positions": (batch, 1), "mask": (batch, max_len), "history": (batch, max_len)}
@@ -83,7 +84,7 @@ class DecodeLoop:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         *,
         batch: int,
         max_len: int,
@@ -248,7 +249,7 @@ class DecodeLoop:
         return everyone
 
 
-def _prepared(model: nn.Module) -> ExpertParallelState:
+def _prepared(model: Model) -> ExpertParallelState:
     """The model's expert-parallel state; a plain model becomes a group of one."""
     state = expert_parallel_state(model)
     if state is None:

@@ -10,6 +10,7 @@ from moe_ops.errors import CapacityError
 
 from . import hf_compat
 from .gates import recognise
+from .hf_compat import Experts
 
 NAME = "moe_ep"
 LOCAL_GROUP = "local"
@@ -70,7 +71,7 @@ class ExpertParallelState(nn.Module):
         return self.world_size * self.group_batch * (rows // self.batch)
 
 
-def moe_ep_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def moe_ep_experts(self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts forward: hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H).
 
     ``self`` is the Hugging Face experts module. With its experts sharded, the live rows of all ranks are
@@ -89,7 +90,7 @@ def moe_ep_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, 
     return out.to(hidden_states.dtype)
 
 
-def _run_alone(self: nn.Module, state: ExpertParallelState, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _run_alone(self: Experts, state: ExpertParallelState, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """One rank: no communication, but rows that are not live must come out as zeros, as from a combine."""
     live = state.local_tokens(x.shape[0])
     out = _run_experts(self, x, ids, weights, live)
@@ -97,18 +98,19 @@ def _run_alone(self: nn.Module, state: ExpertParallelState, x: Tensor, ids: Tens
     return torch.where((row < live)[:, None], out, 0)
 
 
-def _run_sharded(self: nn.Module, state: ExpertParallelState, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _run_sharded(self: Experts, state: ExpertParallelState, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     rows, group = x.shape[0], state.group_name
     live = state.local_tokens(rows)
     if getattr(self, COMPUTES_METADATA):
         state.metadata.copy_(torch.ops.moe_ep.metadata_update(live, group))
     metadata = state.metadata
-    gathered = torch.ops.moe_ep.agv_dispatch(x, ids, weights, live, metadata, state.gathered_rows(rows), group)
-    partial = _run_experts(self, *gathered, metadata[0:1])  # [M, H]
+    capacity = state.gathered_rows(rows)
+    x_all, ids_all, weights_all = torch.ops.moe_ep.agv_dispatch(x, ids, weights, live, metadata, capacity, group)
+    partial = _run_experts(self, x_all, ids_all, weights_all, metadata[0:1])  # [M, H]
     return torch.ops.moe_ep.rsv_combine(partial, live, metadata, rows, group, out_dtype=x.dtype)
 
 
-def _run_experts(self: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor) -> Tensor:
+def _run_experts(self: Experts, x: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor) -> Tensor:
     """This rank's experts on the first ``valid_tokens`` rows of ``x``."""
     gate = recognise(self)
     stem = "gate_up_proj" if gate.gated else "up_proj"

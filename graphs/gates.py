@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
-
 from . import hf_compat
 from .errors import UnsupportedModelError
 
@@ -37,7 +35,7 @@ class Gate(NamedTuple):
     interleaved: bool
 
 
-def recognise(module: nn.Module) -> Gate:
+def recognise(module: hf_compat.Experts) -> Gate:
     """The gate of an experts module; raises ``UnsupportedModelError`` for one that is not known exactly."""
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedModelError(_refusal(module, "it normalises each expert's output before weighting"))
@@ -52,7 +50,7 @@ def recognise(module: nn.Module) -> Gate:
     )
 
 
-def _formula(module: nn.Module) -> tuple[str, float | None, float | None]:
+def _formula(module: hf_compat.Experts) -> tuple[str, float | None, float | None]:
     """``(activation, alpha, limit)`` of the module's gate."""
     if not module.has_gate or type(module)._apply_gate is hf_compat.DEFAULT_APPLY_GATE:
         activation = hf_compat.activation_name(getattr(module, "act_fn", None))
@@ -66,7 +64,7 @@ def _formula(module: nn.Module) -> tuple[str, float | None, float | None]:
     return activation, (getattr(module, alpha) if alpha is not None else None), getattr(module, limit)
 
 
-def _refusal(module: nn.Module, reason: str) -> str:
+def _refusal(module: hf_compat.Experts, reason: str) -> str:
     return (
         f"experts class {type(module).__name__} is not supported by 'moe_ep': {reason}. "
         "Use another experts implementation: model.set_experts_implementation('grouped_mm')."

@@ -16,6 +16,10 @@ from .errors import TransformersVersionError, UnsupportedModelError
 
 MIN_VERSION = (5, 17)
 
+# What transformers builds: modules with attributes that no type declares.
+Model = Any
+Experts = Any
+
 
 def check_version(found: str | None) -> None:
     """Raise ``TransformersVersionError`` unless ``found`` is a version that has the experts interface."""
@@ -89,7 +93,7 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, flag) for flag in flags) and hasattr(type(module).forward, "__wrapped__")
 
 
-def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+def experts_modules(model: Model) -> dict[str, Experts]:
     """Experts modules of a model by name, in the order of its layers; raises ``UnsupportedModelError`` if none."""
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not found:
@@ -102,12 +106,12 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def expert_parameters(module: Experts) -> dict[str, nn.Parameter]:
     """The parameters of an experts module whose first dimension is the experts."""
     return {n: p for n, p in module.named_parameters(recurse=False) if p.dim() and p.shape[0] == module.num_experts}
 
 
-def expert_parameters_local(module: nn.Module) -> dict[str, nn.Parameter]:
+def expert_parameters_local(module: Experts) -> dict[str, nn.Parameter]:
     """As ``expert_parameters``, on a module that may hold one rank's share only."""
     stored = module.down_proj.shape[0]
     return {n: p for n, p in module.named_parameters(recurse=False) if p.dim() and p.shape[0] == stored}
@@ -156,7 +160,7 @@ def full_length_cache(config: Any, max_len: int) -> Any:
     return cache
 
 
-def prefill_kwargs(model: nn.Module) -> dict[str, Any]:
+def prefill_kwargs(model: Model) -> dict[str, Any]:
     """Arguments that make a forward return the logits of the last position only, where the model can."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
@@ -184,7 +188,7 @@ class ExpertKey(NamedTuple):
 class KeyMap:
     """Finds which tensors of a checkpoint hold experts, with transformers' own conversion rules."""
 
-    def __init__(self, meta_model: nn.Module):
+    def __init__(self, meta_model: Model):
         rules = conversion_mapping.get_model_conversion_mapping(meta_model)
         self._prefix = meta_model.base_model_prefix
         self._state_dict = meta_model.state_dict()
@@ -220,7 +224,7 @@ def load_with_state_dict(cls: type, config: Any, state_dict: dict[str, Any], **k
     )
 
 
-def set_generation_config(model: Any, folder: Any) -> None:
+def set_generation_config(model: Model, folder: Any) -> None:
     """Read ``generation_config.json``, which a load from a state dict leaves out."""
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from moe_ops import get_workspace
 
 from . import hf_compat
 from .decode import DecodeLoop
+from .hf_compat import Model
 from .launch import Emit, cpu_threads
 from .loading import from_pretrained
 from .report import CompileMeter, DecodeReport, GraphStats, over_ranks
@@ -97,7 +97,7 @@ def make_prompts(job: DecodeJob, rank: int, vocab_size: int) -> list[list[int]]:
     return [torch.randint(1, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def _decode(model: nn.Module, prompts: list[list[int]], job: DecodeJob, say: Emit) -> _Decoded:
+def _decode(model: Model, prompts: list[list[int]], job: DecodeJob, say: Emit) -> _Decoded:
     longest = torch.tensor(max(map(len, prompts)), device=model.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     loop = DecodeLoop(model, batch=len(prompts), max_len=int(longest) + job.tokens)
@@ -116,13 +116,13 @@ def _decode(model: nn.Module, prompts: list[list[int]], job: DecodeJob, say: Emi
     return _Decoded(prompts, answers, meter.read(), time.perf_counter() - start, timed)
 
 
-def _transport(model: nn.Module) -> tuple[str, str]:
+def _transport(model: Model) -> tuple[str, str]:
     state = expert_parallel_state(model)
     workspace = get_workspace(state.group_name) if state is not None else None
     return (workspace.transport, workspace.transport_reason) if workspace is not None else ("local", "one rank")
 
 
-def _release(model: nn.Module) -> None:
+def _release(model: Model) -> None:
     """Free what the group shares, when no rank uses it any more."""
     state = expert_parallel_state(model)
     workspace = get_workspace(state.group_name) if state is not None else None

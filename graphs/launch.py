@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def rank_device(device: str, local_rank: int) -> torch.device:
 
 @dataclass
 class _Rank:
-    process: multiprocessing.process.BaseProcess
+    process: BaseProcess
     messages: Connection
     result: Any = None
     error: str | None = None

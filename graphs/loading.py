@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from moe_ops.transports import group_device
 from moe_ops.workspace import DEFAULT_TIMEOUT_S
 
 from . import hf_compat
 from .errors import CheckpointError, UnsupportedModelError
+from .hf_compat import Model
 from .sharding import attach, default_group, expert_range, group_rank, group_size, localize
 
 
@@ -36,7 +36,7 @@ def from_pretrained(
     transport: str = "auto",
     timeout_s: float = DEFAULT_TIMEOUT_S,
     **kwargs: Any,
-) -> nn.Module:
+) -> Model:
     """A causal language model with this rank's experts only, run by ``"moe_ep"``; collective over ``group``.
 
     ``path``: a folder with ``config.json`` and safetensors files, or a name on the Hub; ``group`` and
@@ -45,11 +45,11 @@ def from_pretrained(
     CPU); other keywords go to transformers' ``from_pretrained``.
     Raises ``UnsupportedModelError``, ``CheckpointError``, ``ShardingError``.
     """
-    import transformers
+    from transformers import AutoConfig
 
     group = default_group(group)
     folder = resolve_folder(path)
-    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(folder)
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
     hf_compat.refuse_quantized(config)
     cls = hf_compat.causal_lm_class(config)
     world_size, rank = group_size(group), group_rank(group)
@@ -94,7 +94,7 @@ def resolve_folder(path: str | Path) -> Path:
     return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
 
 
-def build_on_meta(cls: type, config: Any) -> nn.Module:
+def build_on_meta(cls: type, config: Any) -> Model:
     """The whole model without memory: names and shapes."""
     with torch.device("meta"):
         return cls(config)
@@ -149,7 +149,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
         yield {key: file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118  no mapping
 
 
-def select_experts(meta: nn.Module, tensors: dict[str, Any], world_size: int, rank: int) -> dict[str, Any]:
+def select_experts(meta: Model, tensors: dict[str, Any], world_size: int, rank: int) -> dict[str, Any]:
     """What this rank reads: dense tensors whole, its own experts, nothing of the others."""
     keys = hf_compat.KeyMap(meta)
     owners = {
@@ -195,7 +195,7 @@ def resolve_dtype(dtype: torch.dtype | str, config: Any, tensors: dict[str, Any]
     return next(found, torch.float32)
 
 
-def check_loaded(model: nn.Module, meta: nn.Module, info: dict[str, Any], world_size: int, rank: int) -> None:
+def check_loaded(model: Model, meta: Model, info: dict[str, Any], world_size: int, rank: int) -> None:
     """Raise ``CheckpointError`` unless every tensor has a value, experts this rank's size, the rest full size."""
     problems = hf_compat.missing_weights(info)
     localize(meta, world_size, rank, take=torch.empty_like)

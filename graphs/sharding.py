@@ -16,6 +16,7 @@ from . import experts, hf_compat
 from .errors import ShardingError, UnsupportedModelError
 from .experts import COMPUTES_METADATA, LOCAL_GROUP, LOCAL_START, STATE, ExpertParallelState
 from .gates import recognise
+from .hf_compat import Experts, Model
 
 EXPERT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -31,7 +32,7 @@ def expert_range(num_experts: int, world_size: int, rank: int) -> range:
     return range(start, start + each + (rank < extra))
 
 
-def localize(model: nn.Module, world_size: int, rank: int, take: Callable[[Tensor], Tensor]) -> None:
+def localize(model: Model, world_size: int, rank: int, take: Callable[[Tensor], Tensor]) -> None:
     """Replace every expert parameter by ``take(its rows of this rank)``."""
     for module in hf_compat.experts_modules(model).values():
         mine = expert_range(module.num_experts, world_size, rank)
@@ -41,14 +42,14 @@ def localize(model: nn.Module, world_size: int, rank: int, take: Callable[[Tenso
 
 
 def shard_experts(
-    model: nn.Module,
+    model: Model,
     group: dist.ProcessGroup | None = None,
     *,
     max_tokens_per_rank: int,
     top_k: int | None = None,
     transport: str = "auto",
     timeout_s: float = DEFAULT_TIMEOUT_S,
-) -> nn.Module:
+) -> Model:
     """Keep this rank's experts of ``model`` and run them with ``"moe_ep"``; collective over ``group``.
 
     ``group``: a process group (None: the default group, or this process alone if there is none);
@@ -70,14 +71,14 @@ def shard_experts(
 
 
 def attach(
-    model: nn.Module,
+    model: Model,
     group: dist.ProcessGroup | None,
     *,
     max_tokens_per_rank: int,
     top_k: int | None,
     transport: str,
     timeout_s: float,
-) -> nn.Module:
+) -> Model:
     """Connect a model that holds this rank's experts to its group, after checking that it is sound."""
     modules = hf_compat.experts_modules(model)
     check_modules(modules)
@@ -105,7 +106,7 @@ def attach(
     return model
 
 
-def hidden_size(module: nn.Module) -> int:
+def hidden_size(module: Experts) -> int:
     """H of an experts module, from its weights: down is (E_l, H, I), or (E_l, I, H) transposed."""
     return module.down_proj.shape[2 if module.is_transposed else 1]
 
@@ -117,7 +118,7 @@ def _stack(name: str) -> str:
     return ".".join(parts[: numbers[0]]) if numbers else name
 
 
-def check_modules(modules: dict[str, nn.Module]) -> None:
+def check_modules(modules: dict[str, Experts]) -> None:
     """Raise ``UnsupportedModelError`` for a gate, a dtype or a parameter that the fused op does not take."""
     for name, module in modules.items():
         recognise(module)
@@ -130,12 +131,12 @@ def check_modules(modules: dict[str, nn.Module]) -> None:
                 )
 
 
-def expert_parallel_state(model: nn.Module) -> ExpertParallelState | None:
+def expert_parallel_state(model: Model) -> ExpertParallelState | None:
     """The state shared by a sharded model's experts, None for a model that is not sharded."""
     return next((m for m in model.modules() if isinstance(m, ExpertParallelState)), None)
 
 
-def check_peers(model: nn.Module) -> None:
+def check_peers(model: Model) -> None:
     """Raise what an op recorded on the device since the last check (``PeerTimeoutError``, ``CapacityError``)."""
     state = expert_parallel_state(model)
     workspace = get_workspace(state.group_name) if state is not None else None
@@ -143,7 +144,7 @@ def check_peers(model: nn.Module) -> None:
         workspace.check()
 
 
-def dense_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def dense_parts(model: Model) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers that every rank must hold whole."""
     expert_names = {
         f"{name}.{part}"
@@ -155,7 +156,7 @@ def dense_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def check_dense_parts_agree(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+def check_dense_parts_agree(model: Model, group: dist.ProcessGroup | None) -> None:
     """Raise ``ShardingError`` unless all ranks hold the same dense parts, bit by bit; collective."""
     mine = {name: _fingerprint(tensor) for name, tensor in dense_parts(model)}
     everyone: list[dict] = [{} for _ in range(group_size(group))]

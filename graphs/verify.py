@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+
+from .hf_compat import Model
 
 # A token counts as right in bf16 or fp16 if the reference, fed the same tokens, puts it within this many
 # roundings of its best logit: both sides round every layer's output, in different orders.
@@ -22,16 +23,16 @@ class Comparison(NamedTuple):
     mismatch: str | None
 
 
-def load_reference(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_reference(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
     """The checkpoint as transformers alone loads and runs it."""
-    import transformers
+    from transformers import AutoModelForCausalLM
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+    model: Model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     return model.to(device).eval()
 
 
 @torch.no_grad()
-def reference_tokens(model: nn.Module, prompt: Sequence[int], count: int) -> list[int]:
+def reference_tokens(model: Model, prompt: Sequence[int], count: int) -> list[int]:
     """``count`` greedy tokens after ``prompt`` from transformers' ``generate``."""
     ids = torch.tensor([list(prompt)], device=model.device)
     out = model.generate(
@@ -45,7 +46,7 @@ def reference_tokens(model: nn.Module, prompt: Sequence[int], count: int) -> lis
     return out[0, len(prompt) :].tolist()
 
 
-def compare(model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Comparison:
+def compare(model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Comparison:
     """Each answer against the reference: equal token by token, in half precision equal but for rounding."""
     identical, total, mismatch = 0, 0, None
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -59,7 +60,7 @@ def compare(model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequenc
 
 
 @torch.no_grad()
-def _equal_but_for_rounding(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+def _equal_but_for_rounding(model: Model, prompt: Sequence[int], answer: Sequence[int]) -> bool:
     """True if the model is in half precision and each token of ``answer`` is as good as its best, to rounding."""
     if model.dtype == torch.float32:
         return False

@@ -22,7 +22,7 @@ def test_two_ranks(two_ranks: list[dict[str, str | None]], check: str):
 
 def test_three_ranks_split_unevenly_and_one_is_idle(tmp_path: Path):
     outcomes = run_ranks(
-        run_checks, (["uneven split", "gpt_oss"], str(tmp_path)), ranks=3, device="cpu", on_event=print
+        run_checks, (["uneven split", "chunked prefill"], str(tmp_path)), ranks=3, device="cpu", on_event=print
     )
     problems = [text for outcome in outcomes for text in outcome.values() if text]
     assert not problems, "\n".join(problems)
