@@ -64,7 +64,7 @@ def _cpu(
 def launch_align(
     topk_ids: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int, local_expert_start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton implementation: one launch, one program an expert."""
+    """The Triton implementation: one launch, two above 4096 pairs."""
     from .align_kernels import launch
 
     _check(topk_ids, valid_tokens, block_size, num_local_experts, local_expert_start)

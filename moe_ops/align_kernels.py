@@ -1,21 +1,33 @@
-"""Device code of ``align_block_size``: one launch, no atomics on global memory, positions by counting."""
+"""Device code of ``align_block_size``: positions by counting, no atomics on global memory.
+
+One launch up to ``ONE_LAUNCH_PAIRS``, where every program reads all ids; two above it, where every program
+counts a share of the ids and then scatters the same share.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pdl import chain_start
+from .pdl import chain_link, chain_start
+
+ONE_LAUNCH_PAIRS = 4096
+_CHUNK = 512  # pairs that a program of the two-launch form ranks among each other at once
+_SHARES = 128  # programs of the two-launch form, about one an SM
 
 
 @triton.jit
-def _local_ids(ids_ptr, first, num_pairs, expert_start, num_experts, CHUNK: tl.constexpr, NONE: tl.constexpr):
-    """Pair indices of one chunk, and their local experts (``NONE`` where not of this rank)."""
+def _local_ids(
+    ids_ptr, first, num_pairs, all_pairs, expert_start, num_experts, CHUNK: tl.constexpr, NONE: tl.constexpr
+):
+    """Pair indices of one chunk, and their local experts (``NONE`` where not of this rank, or not live)."""
     pair = first + tl.arange(0, CHUNK)
-    ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1)
+    # loaded up to the static bound: masked by the live count, this load would wait for that one
+    ids = tl.load(ids_ptr + pair, mask=pair < all_pairs, other=-1)
     # compared before narrowing: a wild int64 id must not wrap into range
-    local = (ids >= expert_start) & (ids < expert_start + num_experts)
+    local = (ids >= expert_start) & (ids < expert_start + num_experts) & (pair < num_pairs)
     return pair, tl.where(local, (ids - expert_start).to(tl.int32), NONE)
 
 
@@ -45,7 +57,7 @@ def _align_kernel(
     num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
     counts = tl.zeros((BINS,), tl.int32)
     for first in range(0, num_pairs, CHUNK):
-        _, local = _local_ids(ids_ptr, first, num_pairs, expert_start, num_experts, CHUNK, BINS - 1)
+        _, local = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
         counts += tl.histogram(local, BINS)
     bins = tl.arange(0, BINS)
     padded = tl.where(bins < num_experts, (counts.to(tl.int64) + BLOCK - 1) // BLOCK * BLOCK, 0)
@@ -55,7 +67,7 @@ def _align_kernel(
 
     position = begin
     for first in range(0, num_pairs, CHUNK):
-        pair, local = _local_ids(ids_ptr, first, num_pairs, expert_start, num_experts, CHUNK, BINS - 1)
+        pair, local = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
         hit = (local == expert).to(tl.int32)
         tl.store(sorted_ptr + position + tl.cumsum(hit, 0) - 1, pair.to(tl.int32), mask=hit > 0)
         position += tl.sum(hit)
@@ -71,6 +83,109 @@ def _align_kernel(
         tl.store(total_ptr, total.to(tl.int32))
 
 
+@triton.jit
+def _count_kernel(
+    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr,
+    num_rows, top_k, expert_start, num_experts, sorted_size, share,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``counts[p, e]`` = pairs of expert e among the ``share`` pairs from ``p * share`` on; fills the outputs.
+
+    Grid: one program a share. Example: ids [[1, 0], [1, 2]], E_l 2, share 2: counts [[1, 1], [0, 1]].
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    pairs_total = tl.cast(num_rows, tl.int64) * top_k
+    num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
+    counts = tl.zeros((BINS,), tl.int32)
+    for first in range(program * share, tl.minimum((program + 1) * share, num_pairs), CHUNK):
+        _, local = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
+        counts += tl.histogram(local, BINS)
+    bins = tl.arange(0, BINS)
+    tl.store(counts_ptr + program * BINS + bins, tl.where(bins < num_experts, counts, 0))
+    size = tl.cast(sorted_size, tl.int64)
+    _fill(sorted_ptr, program * CHUNK, size, programs * CHUNK, pairs_total.to(tl.int32), CHUNK)
+    _fill(expert_ids_ptr, program * CHUNK, size // BLOCK, programs * CHUNK, -1, CHUNK)
+
+
+@triton.jit
+def _earlier_equal(ids_ptr, first, local, num_pairs, all_pairs, expert_start, num_experts, CHUNK: tl.constexpr,
+                   NONE: tl.constexpr, STEP: tl.constexpr = 32):  # fmt: skip
+    """How many pairs of the chunk before each pair have its expert: all compared with all, STEP at a time."""
+    at = tl.arange(0, CHUNK)
+    rank = tl.zeros((CHUNK,), tl.int32)
+    for step in range(0, CHUNK, STEP):
+        _, other = _local_ids(
+            ids_ptr, first + step, num_pairs, all_pairs, expert_start, num_experts, STEP, NONE
+        )
+        earlier = (step + tl.arange(0, STEP))[None, :] < at[:, None]
+        rank += tl.sum(((other[None, :] == local[:, None]) & earlier).to(tl.int32), axis=1)
+    return rank
+
+
+@triton.jit
+def _scatter_kernel(
+    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
+    num_rows, top_k, expert_start, num_experts, share,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Write the pairs of one share to where the counts of all shares put them. Grid: one program a share."""
+    program = tl.program_id(0).to(tl.int64)
+    pairs_total = tl.cast(num_rows, tl.int64) * top_k
+    num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
+    bins = tl.arange(0, BINS)
+    before, counts = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    for first in range(0, tl.num_programs(0), ROWS):
+        shares = first + tl.arange(0, ROWS)
+        inside = (shares < tl.num_programs(0))[:, None]
+        part = tl.load(counts_ptr + shares[:, None] * BINS + bins[None, :], mask=inside, other=0)
+        counts += tl.sum(part, 0)
+        before += tl.sum(tl.where((shares < program)[:, None], part, 0), 0)
+    padded = (counts + BLOCK - 1) // BLOCK * BLOCK
+    ends = tl.cumsum(padded, 0)
+    base = ends - padded + before
+    for first in range(program * share, tl.minimum((program + 1) * share, num_pairs), CHUNK):
+        pair, local = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
+        rank = _earlier_equal(
+            ids_ptr, first, local, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1
+        )
+        where = tl.gather(base, local, 0) + rank
+        tl.store(sorted_ptr + where, pair.to(tl.int32), mask=local < BINS - 1)
+        base += tl.histogram(local, BINS)
+    # the blocks of expert e: programs take every num_programs-th expert
+    for expert in range(program, num_experts, tl.num_programs(0)):
+        end = tl.sum(tl.where(bins == expert, ends, 0))
+        begin = end - tl.sum(tl.where(bins == expert, padded, 0))
+        _fill(expert_ids_ptr, begin // BLOCK, end // BLOCK, CHUNK, expert, CHUNK)
+    if program == 0:
+        tl.store(total_ptr, tl.max(ends))
+
+
+def _launch_two(
+    topk_ids: Tensor, valid_tokens: Tensor, outputs: tuple[Tensor, Tensor, Tensor], block_size: int,
+    num_local_experts: int, local_expert_start: int,
+) -> None:  # fmt: skip
+    sorted_ids, expert_ids, total = outputs
+    bins = triton.next_power_of_2(num_local_experts + 1)
+    share = triton.cdiv(triton.cdiv(topk_ids.numel(), _SHARES), _CHUNK) * _CHUNK
+    shares = triton.cdiv(topk_ids.numel(), share)
+    counts = torch.empty(shares, bins, dtype=torch.int32, device=topk_ids.device)
+    sizes = topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts
+    options = {"BLOCK": block_size, "CHUNK": _CHUNK, "BINS": bins, "num_warps": 8}
+    _count_kernel[(shares,)](
+        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, *sizes, sorted_ids.numel(), share,
+        **options, **chain_start(True, topk_ids.device),
+    )  # fmt: skip
+    _scatter_kernel[(shares,)](
+        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *sizes, share,
+        ROWS=max(8192 // bins, 1), **options, **chain_link(True, topk_ids.device),
+    )  # fmt: skip
+
+
 def launch(
     topk_ids: Tensor,
     valid_tokens: Tensor,
@@ -80,11 +195,14 @@ def launch(
     local_expert_start: int,
 ) -> None:
     """Fill ``outputs`` (see ``align.align_block_size``); ``topk_ids`` contiguous."""
+    if topk_ids.numel() > ONE_LAUNCH_PAIRS:
+        _launch_two(topk_ids, valid_tokens, outputs, block_size, num_local_experts, local_expert_start)
+        return
     sorted_ids, expert_ids, total = outputs
-    chunk = min(max(triton.next_power_of_2(topk_ids.numel()), 128), 4096)
+    chunk = max(triton.next_power_of_2(topk_ids.numel()), 128)
     _align_kernel[(num_local_experts,)](
         topk_ids, valid_tokens, sorted_ids, expert_ids, total,
         topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts, sorted_ids.numel(),
         BLOCK=block_size, CHUNK=chunk, BINS=triton.next_power_of_2(num_local_experts + 1),
-        num_warps=8 if chunk > 512 else 4, **chain_start(True, topk_ids.device),
+        num_warps=16 if chunk > 1024 else 4, **chain_start(True, topk_ids.device),
     )  # fmt: skip

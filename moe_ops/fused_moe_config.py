@@ -35,7 +35,8 @@ class Plan:
 
     ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent
     programs per SM; ``small_m`` the rows of an expert's last block where that suffices (0: never);
-    ``tma`` bulk copies of weights where their strides allow; ``pdl`` programmatic dependent launch.
+    ``tma`` bulk copies of weights where their strides allow; ``pdl`` programmatic dependent launch;
+    ``prefetch`` bytes a program of the second few-rows kernel asks L2 for before the first one ends (16 | prefetch).
     """
 
     gate_up: Tiles
@@ -46,6 +47,7 @@ class Plan:
     small_m: int = 0
     tma: bool = True
     pdl: bool = True
+    prefetch: int = 0
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:

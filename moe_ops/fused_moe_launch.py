@@ -117,9 +117,9 @@ def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
     )  # fmt: skip
     weights, args = _down(problem, plan)
     down_few_kernel[(triton.cdiv(width, plan.down.block_n), slots)](
-        act, ids, problem.valid_tokens, weights, _or(problem.down_bias, problem.down), pairs,
+        act, ids, problem.valid_tokens, weights, problem.down, _or(problem.down_bias, problem.down), pairs,
         rows, problem.expert_start, experts, width, inner,
-        TOP_K=top_k, **routing, **args, **chain_link(plan.pdl, hidden.device),
+        TOP_K=top_k, PREFETCH=0 if form.transposed or not args["TMA"] else plan.prefetch, **routing, **args, **chain_link(plan.pdl, hidden.device),
     )  # fmt: skip
 
 
@@ -159,18 +159,37 @@ def _sum_pairs(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
 
 def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: Plan | None = None) -> None:
     """Fill ``problem.out``: three launches for few rows, four for many."""
-    rows, width = problem.hidden.shape
-    if problem.topk_ids.numel() == 0 or width == 0:
+    if problem.topk_ids.numel() == 0 or problem.hidden.shape[1] == 0:
         problem.out.zero_()
         return
+    problem, plan = _prepare(problem, tokens_hint, batch_invariant, plan)
+    _sum_pairs(problem, plan, _run_pairs(problem, plan), _device_of(problem.hidden)[1])
+
+
+def run_pairs(problem: Problem, tokens_hint: int | None, batch_invariant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """All but the top-k sum, for a kernel that sums itself: pairs (M * K, H), ids and weights (M, K) contiguous.
+
+    Pairs of other ranks' experts and of dead rows are not written.
+    """
+    problem, plan = _prepare(problem, tokens_hint, batch_invariant, None)
+    return _run_pairs(problem, plan), problem.topk_ids, problem.topk_weights
+
+
+def _prepare(
+    problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: Plan | None
+) -> tuple[Problem, Plan]:
     dense = (problem.hidden, problem.topk_ids, problem.topk_weights)
     hidden, ids, weights = (t if t.stride(-1) == 1 else t.contiguous() for t in dense)
     problem = problem._replace(hidden=hidden, topk_ids=ids.contiguous(), topk_weights=weights.contiguous())
-    gpu, sms = _device_of(hidden)
-    plan = plan or choose_plan(problem.shape(tokens_hint), gpu, batch_invariant)
-    pairs = hidden.new_empty(rows * ids.shape[1], width)
+    return problem, plan or choose_plan(problem.shape(tokens_hint), _device_of(hidden)[0], batch_invariant)
+
+
+def _run_pairs(problem: Problem, plan: Plan) -> Tensor:
+    pairs = problem.hidden.new_empty(problem.topk_ids.numel(), problem.hidden.shape[1])
+    if problem.topk_ids.numel() == 0 or problem.hidden.shape[1] == 0:
+        return pairs
     if plan.pairs:
         _run_few(problem, plan, pairs)
     else:
-        _run_many(problem, plan, pairs, sms)
-    _sum_pairs(problem, plan, pairs, sms)
+        _run_many(problem, plan, pairs, _device_of(problem.hidden)[1])
+    return pairs

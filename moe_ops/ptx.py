@@ -150,6 +150,16 @@ def poll_word(address, mask):
 
 
 @triton.jit
+def prefetch_l2(address, size):
+    """The first thread asks L2 for ``size`` bytes (int32 scalar) at ``address`` (int64 scalar), both multiples of 16."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; }",
+        "=&r,l,r", [address, size], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def device_clock():
     """Nanoseconds of the device's global timer (resolution about 1 us)."""
     return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], tl.int64, is_pure=False, pack=1)
