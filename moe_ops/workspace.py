@@ -118,7 +118,7 @@ class Workspace:
         if self.transport not in transports.KERNEL_TRANSPORTS:
             return []
         allocated = self._channel is not None
-        return [BufferInfo(name, nbytes, allocated) for name, (_, nbytes) in self.layout.regions().items()]
+        return [BufferInfo(name, nbytes, allocated) for name, nbytes in self.layout.regions()]
 
     def check(self) -> None:
         """Raise what a kernel recorded: ``PeerTimeoutError`` or ``CapacityError``. Does not wait for the GPU."""
@@ -175,6 +175,8 @@ class Workspace:
     def _release(self) -> None:
         if self.device.type == "cuda" and self._channel is not None:
             torch.cuda.synchronize(self.device)
+        if self._channel is not None:
+            self._channel.close()
         self._channel = None
 
     def _group(self) -> dist.ProcessGroup:
@@ -316,18 +318,12 @@ def _meet(group: dist.ProcessGroup, config: WorkspaceConfig, device: torch.devic
 
 
 def _agree(group: dist.ProcessGroup, what: str, timeout_s: float, value: object = None) -> list:
-    key = f"moe_ep/{what}/{group.group_name}/{_next_round(group)}"
-    store = transports.group_store(group)
-    return transports.exchange(store, f"init_workspace ({what})", key, group.rank(), group.size(), value, timeout_s)
-
-
-_rounds: dict[str, int] = {}
-
-
-def _next_round(group: dist.ProcessGroup) -> int:
-    """Number of this meeting, the same on every rank because meetings are collective."""
-    _rounds[group.group_name] = _rounds.get(group.group_name, -1) + 1
-    return _rounds[group.group_name]
+    """``value`` of every rank. Meetings are collective, so their number, kept in the store, is the same on all."""
+    store, rank = transports.group_store(group), group.rank()
+    key = f"moe_ep/{what}/{group.group_name}"
+    number = store.add(f"{key}/meetings/{rank}", 1)
+    operation = f"init_workspace ({what})"
+    return transports.exchange(store, operation, f"{key}/{number}", rank, group.size(), value, timeout_s)
 
 
 def _first_that_works(

@@ -45,18 +45,13 @@ def allocate_shared(store: dist.Store, rank: int, world_size: int, nbytes: int, 
 
 
 def allocate_for_group(group: dist.ProcessGroup, nbytes: int) -> SymmetricBuffer:
-    """``allocate_shared`` over the store that ``group``'s ranks met at."""
-    key = f"moe_ep/emulator/{group.group_name}/{_next_number(group.group_name)}"
-    return allocate_shared(group_store(group), group.rank(), group.size(), nbytes, key)
+    """``allocate_shared`` over the store that ``group``'s ranks met at.
 
-
-_numbers: dict[str, int] = {}
-
-
-def _next_number(group_name: str) -> int:
-    """Allocations are collective, so that every rank counts alike."""
-    _numbers[group_name] = _numbers.get(group_name, -1) + 1
-    return _numbers[group_name]
+    Allocations are collective, so their number, kept in the store, is the same on all ranks.
+    """
+    store, rank, prefix = group_store(group), group.rank(), f"moe_ep/emulator/{group.group_name}"
+    number = store.add(f"{prefix}/allocations/{rank}", 1)
+    return allocate_shared(store, rank, group.size(), nbytes, f"{prefix}/{number}")
 
 
 def _create(path: str, nbytes: int) -> mmap.mmap:
