@@ -159,7 +159,7 @@ def brief(plan: Plan) -> str:
         f"{t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}{' swap' if t.swap else ''}"
         for t in (plan.gate_up, plan.down)
     ]
-    way = f"few {plan.pairs}" if plan.pairs else f"many g{plan.group} p{plan.programs} small{plan.small_m}"
+    way = f"few {plan.pairs} pre{plan.prefetch >> 10}K" if plan.pairs else f"many g{plan.group} p{plan.programs}"
     return f"{way} pdl={int(plan.pdl)} tma={int(plan.tma)} | {tiles[0]} | {tiles[1]}"
 
 

@@ -116,9 +116,7 @@ def _earlier_equal(ids_ptr, first, local, num_pairs, all_pairs, expert_start, nu
     at = tl.arange(0, CHUNK)
     rank = tl.zeros((CHUNK,), tl.int32)
     for step in range(0, CHUNK, STEP):
-        _, other = _local_ids(
-            ids_ptr, first + step, num_pairs, all_pairs, expert_start, num_experts, STEP, NONE
-        )
+        _, other = _local_ids(ids_ptr, first + step, num_pairs, all_pairs, expert_start, num_experts, STEP, NONE)
         earlier = (step + tl.arange(0, STEP))[None, :] < at[:, None]
         rank += tl.sum(((other[None, :] == local[:, None]) & earlier).to(tl.int32), axis=1)
     return rank
@@ -150,9 +148,7 @@ def _scatter_kernel(
     base = ends - padded + before
     for first in range(program * share, tl.minimum((program + 1) * share, num_pairs), CHUNK):
         pair, local = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
-        rank = _earlier_equal(
-            ids_ptr, first, local, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1
-        )
+        rank = _earlier_equal(ids_ptr, first, local, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
         where = tl.gather(base, local, 0) + rank
         tl.store(sorted_ptr + where, pair.to(tl.int32), mask=local < BINS - 1)
         base += tl.histogram(local, BINS)

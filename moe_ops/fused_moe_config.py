@@ -33,8 +33,7 @@ class Tiles:
 class Plan:
     """``pairs > 0``: the few-rows kernels, that many pairs a chunk. ``pairs == 0``: align, then persistent kernels.
 
-    ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent
-    programs per SM; ``small_m`` the rows of an expert's last block where that suffices (0: never);
+    ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent programs per SM;
     ``tma`` bulk copies of weights where their strides allow; ``pdl`` programmatic dependent launch;
     ``prefetch`` bytes a program of the second few-rows kernel asks L2 for before the first one ends (16 | prefetch).
     """
@@ -44,7 +43,6 @@ class Plan:
     pairs: int = 0
     group: int = 8
     programs: int = 1
-    small_m: int = 0
     tma: bool = True
     pdl: bool = True
     prefetch: int = 0
@@ -72,7 +70,8 @@ class Shape:
         return f"E{self.experts}-K{self.top_k}-H{self.hidden}-I{self.inner}"
 
 
-FEW_PAIRS = 1024  # above it, finding the routing in every program costs more than an align launch
+FEW_PAIRS = 128  # above it (H200, Qwen3-30B, 512 pairs: 400 against 282 us) an align launch pays
+MAX_FEW_PAIRS = 1024  # what one chunk of the few-rows kernels holds
 
 
 def _power_of_two(value: int, low: int, high: int) -> int:
@@ -80,24 +79,36 @@ def _power_of_two(value: int, low: int, high: int) -> int:
 
 
 def default_plan(shape: Shape) -> Plan:
-    """Heuristics from the sizes alone; ``tune`` may beat them."""
+    """Heuristics from the sizes alone, chosen from tuned plans of an H200; ``tune`` may beat them."""
     pairs = shape.tokens * shape.top_k
-    rows = _power_of_two(shape.tokens, 16, 64)  # a token picks an expert once: more rows are rare
+    mean = pairs / shape.experts  # with experts spread over ranks the true mean is smaller
     if pairs <= FEW_PAIRS:
-        tiles = Tiles(rows, 32, 128, 4, 4, swap=True)
-        return Plan(tiles, replace(tiles, block_n=64), pairs=_power_of_two(pairs, 16, FEW_PAIRS))
-    if pairs // shape.experts <= 64:
-        tiles = Tiles(64, 64, 64, 4, 4)
-        return Plan(tiles, replace(tiles, block_n=128), programs=2)
-    return Plan(Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 4), small_m=64)
+        rows = _power_of_two(shape.tokens, 16, 64)  # a token picks an expert once: more rows are rare
+        tiles, chunk = Tiles(rows, 32, 128, 4, 4, swap=True), _power_of_two(pairs, 16, FEW_PAIRS)
+        return Plan(tiles, replace(tiles, block_n=64), pairs=chunk, prefetch=65536)
+    if mean < 32:  # weights are the left operand; short blocks
+        rows = _power_of_two(int(2 * mean), 16, 64)
+        return Plan(Tiles(rows, 64, 128, 4, 4, swap=True), Tiles(rows, 128, 64, 4, 4, swap=True), programs=16)
+    if mean <= 64:
+        return Plan(Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 4), programs=16)
+    return Plan(Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 3))
 
 
 def invariant_plan(shape: Shape) -> Plan:
-    """One tile shape for all counts: a row meets the same instructions in the same order whatever the batch is."""
-    gate_up, down = Tiles(64, 32, 64, 4, 4, swap=True), Tiles(64, 64, 64, 4, 4, swap=True)
-    pairs = shape.tokens * shape.top_k
-    few = _power_of_two(pairs, 16, FEW_PAIRS) if pairs <= FEW_PAIRS else 0
-    return Plan(gate_up, down, pairs=few, programs=2)
+    """Plans between which a row's bits do not change.
+
+    With the weights as left operand every element is a chain of ``wgmma`` over 16 columns at a time from zero on,
+    however many rows are beside it and however the depth is cut. Without bulk copies that operand order is not to
+    be had and the instruction depends on the rows of a tile: then one tile serves all counts.
+    """
+    pairs, streamed = shape.tokens * shape.top_k, shape.hidden % 8 == 0 and shape.inner % 8 == 0
+    gate_up, down = Tiles(16, 32, 128, 4, 4, swap=True), Tiles(16, 64, 128, 4, 4, swap=True)
+    if pairs <= FEW_PAIRS:
+        return Plan(gate_up, down, pairs=_power_of_two(pairs, 16, FEW_PAIRS), prefetch=65536)
+    if streamed:
+        rows = _power_of_two(int(2 * pairs / shape.experts), 16, 64)
+        gate_up, down = Tiles(rows, 64, 128, 4, 4, swap=True), Tiles(rows, 128, 64, 4, 4, swap=True)
+    return Plan(gate_up, down, programs=16)
 
 
 @cache

@@ -100,27 +100,32 @@ def activate(gate, up, alpha, limit, ACT: tl.constexpr, HAS_LIMIT: tl.constexpr)
 @triton.jit
 def rows_times_box(
     x_ptr, row_offsets, row_mask, w_desc, expert, at, depth,
-    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, BOX_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``rows_times_weights`` with the weights brought by bulk copies, which zero-fill past the edges of a matrix.
 
     ``w_desc`` is four-dimensional, ``(E_l, PARTS, cols, depth)`` or transposed ``(E_l, depth, PARTS, cols)``; a box
     holds BLOCK_N columns, ``BLOCK_N / PARTS`` of each part from column ``at`` on. SWAP makes the weights the left
-    operand, so that the tensor cores' minimum of 64 rows is met by them and not by padding tokens.
+    operand, so that the tensor cores' minimum of 64 rows is met by them and not by padding tokens. BOX_ROWS: the rows
+    come by bulk copies, too; ``x_ptr`` is then their two-dimensional descriptor and ``row_offsets`` the first row.
     """
     ks = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + row_offsets[:, None] + ks[None, :]
+    if not BOX_ROWS:
+        x_ptrs = x_ptr + row_offsets[:, None] + ks[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, depth, BLOCK_K):
-        mask = row_mask[:, None] if EVEN_K else row_mask[:, None] & (ks < depth - k)[None, :]
-        x = tl.load(x_ptrs, mask=mask, other=0.0)
+        if BOX_ROWS:
+            x = x_ptr.load([row_offsets, k])
+        else:
+            mask = row_mask[:, None] if EVEN_K else row_mask[:, None] & (ks < depth - k)[None, :]
+            x = tl.load(x_ptrs, mask=mask, other=0.0)
+            x_ptrs += BLOCK_K
         if TRANSPOSED:
             w = w_desc.load([expert, k, 0, at]).reshape(BLOCK_K, BLOCK_N)
         else:
             w = w_desc.load([expert, 0, at, k]).reshape(BLOCK_N, BLOCK_K).T
         acc = tl.dot(w.T, x.T, acc) if SWAP else tl.dot(x, w, acc)
-        x_ptrs += BLOCK_K
     return acc.T if SWAP else acc
 
 
@@ -141,7 +146,7 @@ def gate_up_tile(
     if TMA:
         acc = rows_times_box(
             x_ptr, row_offsets, row_mask, w, expert, tile * (WIDTH // PARTS), hidden,
-            PARTS, TRANSPOSED, SWAP, BLOCK_M, WIDTH, BLOCK_K, EVEN_K,
+            PARTS, TRANSPOSED, SWAP, False, BLOCK_M, WIDTH, BLOCK_K, EVEN_K,
         )  # fmt: skip
     else:
         w_stride = num_cols if TRANSPOSED else hidden
@@ -164,13 +169,14 @@ def down_tile(
     x_ptr, row_offsets, row_mask, w, bias_ptr, expert, tile, hidden, inner,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BOX_ROWS: tl.constexpr = False,
 ):  # fmt: skip
     """``(BLOCK_M, BLOCK_H)`` fp32: rows @ down + bias for columns ``tile * BLOCK_H ...`` of one expert."""
     cols = tile * BLOCK_H + tl.arange(0, BLOCK_H)
     if TMA:
         acc = rows_times_box(
             x_ptr, row_offsets, row_mask, w, expert, tile * BLOCK_H, inner,
-            1, TRANSPOSED, SWAP, BLOCK_M, BLOCK_H, BLOCK_K, EVEN_K,
+            1, TRANSPOSED, SWAP, BOX_ROWS, BLOCK_M, BLOCK_H, BLOCK_K, EVEN_K,
         )  # fmt: skip
     else:
         w_stride = hidden if TRANSPOSED else inner

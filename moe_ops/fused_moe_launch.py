@@ -53,6 +53,8 @@ def _device_of(tensor: Tensor) -> tuple[str, int]:
     """Name and number of SMs."""
     if tensor.device.type != "cuda":
         return "interpreter", _HOST_PROGRAMS
+    # any runtime call makes the device's context current, which a new thread lacks and descriptors need
+    torch.cuda.is_current_stream_capturing()
     properties = torch.cuda.get_device_properties(tensor.device)
     return properties.name, properties.multi_processor_count
 
@@ -116,10 +118,11 @@ def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
         **routing, **args, **chain_start(plan.pdl, hidden.device),
     )  # fmt: skip
     weights, args = _down(problem, plan)
+    prefetch = plan.prefetch if args["TMA"] and not form.transposed else 0  # columns must lie one after the other
     down_few_kernel[(triton.cdiv(width, plan.down.block_n), slots)](
         act, ids, problem.valid_tokens, weights, problem.down, _or(problem.down_bias, problem.down), pairs,
         rows, problem.expert_start, experts, width, inner,
-        TOP_K=top_k, PREFETCH=0 if form.transposed or not args["TMA"] else plan.prefetch, **routing, **args, **chain_link(plan.pdl, hidden.device),
+        TOP_K=top_k, PREFETCH=prefetch, **routing, **args, **chain_link(plan.pdl, hidden.device),
     )  # fmt: skip
 
 
@@ -131,7 +134,7 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
     aligned = launch_align(ids, problem.valid_tokens, block, experts, problem.expert_start)
     positions = aligned[0].numel()
     act = hidden.new_empty(positions, inner)
-    common = {"GROUP": plan.group, "SMALL_M": plan.small_m or block, **chain_link(plan.pdl, hidden.device)}
+    common = {"GROUP": plan.group, **chain_link(plan.pdl, hidden.device)}
     weights, args = _gate_up(problem, plan)
     tiles = positions // block * triton.cdiv(inner, plan.gate_up.block_n)
     gate_up_many_kernel[(min(tiles, sms * plan.programs),)](
@@ -139,10 +142,12 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
         ids.numel(), hidden.stride(0), width, inner, form.alpha or 0.0, form.limit or 0.0, **common, **args,
     )  # fmt: skip
     weights, args = _down(problem, plan)
+    box_rows = args["TMA"] and inner * act.element_size() % _TMA_ALIGN == 0
+    rows = TensorDescriptor.from_tensor(act, [block, plan.down.block_k]) if box_rows else act
     tiles = positions // block * triton.cdiv(width, plan.down.block_n)
     down_many_kernel[(min(tiles, sms * plan.programs),)](
-        act, *aligned, weights, _or(problem.down_bias, problem.down), pairs,
-        ids.numel(), width, inner, **common, **args,
+        rows, *aligned, weights, _or(problem.down_bias, problem.down), pairs,
+        ids.numel(), width, inner, BOX_ROWS=box_rows, **common, **args,
     )  # fmt: skip
 
 

@@ -26,13 +26,10 @@ def gate_up_many_kernel(
     num_pairs, x_stride, hidden, inner, alpha, limit,
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr, SMALL_M: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent.
-
-    A block with at most SMALL_M live rows, the last of its expert, is computed as one of SMALL_M rows.
-    """
+    """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -42,47 +39,30 @@ def gate_up_many_kernel(
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)
         first = block.to(tl.int64) * BLOCK_M
-        if SMALL_M < BLOCK_M and tl.load(sorted_ptr + first + SMALL_M) >= num_pairs:
-            _gate_up_block(
-                x_ptr, sorted_ptr, first, w, bias_ptr, act_ptr, expert, tile, num_pairs, x_stride, hidden, inner,
-                alpha, limit, TOP_K, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP,
-                SMALL_M, BLOCK_N, BLOCK_K, EVEN_K,
-            )  # fmt: skip
-        else:
-            _gate_up_block(
-                x_ptr, sorted_ptr, first, w, bias_ptr, act_ptr, expert, tile, num_pairs, x_stride, hidden, inner,
-                alpha, limit, TOP_K, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-            )  # fmt: skip
-
-
-@triton.jit
-def _gate_up_block(
-    x_ptr, sorted_ptr, first, w, bias_ptr, act_ptr, expert, tile, num_pairs, x_stride, hidden, inner, alpha, limit,
-    TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    position = first + tl.arange(0, BLOCK_M)
-    pairs = tl.load(sorted_ptr + position)
-    rows = pairs < num_pairs
-    inner_rows = gate_up_tile(
-        x_ptr, (pairs // TOP_K).to(tl.int64) * x_stride, rows, w, bias_ptr, expert, tile, hidden, inner, alpha, limit,
-        ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-    )  # fmt: skip
-    store_tile(act_ptr, position, rows, tile, inner, inner_rows, BLOCK_N)
+        position = first + tl.arange(0, BLOCK_M)
+        pairs = tl.load(sorted_ptr + position)
+        rows = pairs < num_pairs
+        inner_rows = gate_up_tile(
+            x_ptr, (pairs // TOP_K).to(tl.int64) * x_stride, rows, w, bias_ptr, expert, tile, hidden, inner,
+            alpha, limit, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+        )  # fmt: skip
+        # padding rows too: the second projection reads whole blocks
+        store_tile(act_ptr, position, pairs <= num_pairs, tile, inner, inner_rows, BLOCK_N)
 
 
 @triton.jit
 def down_many_kernel(
-    act_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, out_ptr,
+    act, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, out_ptr,
     num_pairs, hidden, inner,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr, SMALL_M: tl.constexpr, PDL: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BOX_ROWS: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """``out[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent; SMALL_M as above."""
+    """``out[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent.
+
+    ``act``: (S, I), with BOX_ROWS its descriptor: a block's rows lie one after the other.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -92,29 +72,14 @@ def down_many_kernel(
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)
         first = block.to(tl.int64) * BLOCK_M
-        if SMALL_M < BLOCK_M and tl.load(sorted_ptr + first + SMALL_M) >= num_pairs:
-            _down_block(
-                act_ptr, sorted_ptr, first, w, bias_ptr, out_ptr, expert, tile, num_pairs, hidden, inner,
-                TRANSPOSED, HAS_BIAS, TMA, SWAP, SMALL_M, BLOCK_N, BLOCK_K, EVEN_K,
-            )  # fmt: skip
+        pairs = tl.load(sorted_ptr + first + tl.arange(0, BLOCK_M))
+        rows = pairs < num_pairs
+        if BOX_ROWS:
+            where = first.to(tl.int32)
         else:
-            _down_block(
-                act_ptr, sorted_ptr, first, w, bias_ptr, out_ptr, expert, tile, num_pairs, hidden, inner,
-                TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-            )  # fmt: skip
-
-
-@triton.jit
-def _down_block(
-    act_ptr, sorted_ptr, first, w, bias_ptr, out_ptr, expert, tile, num_pairs, hidden, inner,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    position = first + tl.arange(0, BLOCK_M)
-    pairs = tl.load(sorted_ptr + position)
-    rows = pairs < num_pairs
-    acc = down_tile(
-        act_ptr, position * inner, rows, w, bias_ptr, expert, tile, hidden, inner,
-        TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-    )  # fmt: skip
-    store_tile(out_ptr, pairs.to(tl.int64), rows, tile, hidden, acc, BLOCK_N)
+            where = (first + tl.arange(0, BLOCK_M)) * inner
+        acc = down_tile(
+            act, where, rows, w, bias_ptr, expert, tile, hidden, inner,
+            TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BOX_ROWS,
+        )  # fmt: skip
+        store_tile(out_ptr, pairs.to(tl.int64), rows, tile, hidden, acc, BLOCK_N)

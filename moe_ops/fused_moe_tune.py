@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .fused_moe import launch_fused_moe
-from .fused_moe_config import FEW_PAIRS, TABLES, Plan, Shape, Tiles, default_plan, load_table, table_name
+from .fused_moe_config import FEW_PAIRS, MAX_FEW_PAIRS, TABLES, Plan, Shape, Tiles, default_plan, load_table, table_name
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of an H200
 _SHARED_BYTES = 227 << 10  # of one SM of an H100 or H200
@@ -80,35 +81,51 @@ def _few_tiles(rows: int, parts: int) -> Iterator[Tiles]:
     ):  # fmt: skip
         yield Tiles(rows, wide // parts, depth, 8 if wide == 256 else 4, stages, swap=True)
     if rows <= 32:
-        for wide, depth, stages in ((32, 128, 5), (32, 256, 3), (32, 256, 6), (64, 128, 4), (64, 256, 3)):
+        for wide, depth, stages in (
+            (16, 256, 4), (16, 512, 3), (32, 128, 5), (32, 256, 3), (32, 256, 6), (64, 128, 4), (64, 256, 3),
+        ):  # fmt: skip
             yield Tiles(rows, wide // parts, depth, 4, stages)
 
 
 def _many_tiles(rows: int, parts: int) -> Iterator[Tiles]:
-    warps = 8 if rows == 128 else 4
-    for wide, depth, stages in ((64, 128, 4), (128, 64, 4), (128, 128, 3), (128, 64, 3), (256, 64, 3), (256, 64, 4)):
-        for swap in (False, True) if rows < 128 else (False,):
-            yield Tiles(rows, wide // parts, depth, 8 if wide == 256 else warps, stages, swap=swap)
+    for wide, depth, warps, stages in (
+        (64, 128, 4, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3),
+        (256, 64, 4, 2), (256, 64, 8, 3), (256, 64, 8, 4), (256, 128, 8, 2), (256, 32, 8, 6),
+    ):  # fmt: skip
+        for swap in (False, True) if rows < 128 and wide > 64 else (False,):
+            if rows * wide <= 64 * 256 * (warps // 4):  # accumulators: 128 registers a thread
+                yield Tiles(rows, wide // parts, depth, warps, stages, swap=swap)
+
+
+def _few_starts(shape: Shape) -> Iterator[Plan]:
+    chunk = 1 << max(shape.tokens * shape.top_k - 1, 15).bit_length()
+    for rows in (16, 32, 64):
+        if rows < 2 * max(shape.tokens, 16):
+            tiles = Tiles(rows, 32, 128, 4, 4, swap=True)
+            yield Plan(tiles, replace(tiles, block_n=64), pairs=chunk, prefetch=65536)
+    yield Plan(Tiles(16, 16, 256, 4, 3), Tiles(16, 32, 256, 4, 3), pairs=chunk, prefetch=65536)
+
+
+def _many_starts(shape: Shape) -> Iterator[Plan]:
+    pairs = shape.tokens * shape.top_k
+    if pairs <= 64 * shape.experts:
+        for rows in (16, 32, 64):
+            yield Plan(Tiles(rows, 64, 128, 4, 4, swap=True), Tiles(rows, 128, 64, 4, 4, swap=True), programs=16)
+    if pairs >= 8 * shape.experts:
+        yield Plan(Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 4), programs=16)
+        yield Plan(Tiles(64, 128, 64, 8, 4), Tiles(64, 256, 64, 8, 4))
+        yield Plan(Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 3))
+        yield Plan(Tiles(128, 64, 64, 4, 3), Tiles(128, 128, 64, 4, 3), programs=2)
 
 
 def starting_plans(shape: Shape) -> Iterator[Plan]:
     """One plan for each way of launching that may suit ``shape``; the tiles are varied from there."""
-    base, pairs = default_plan(shape), shape.tokens * shape.top_k
-    yield base
-    if base.pairs:
-        yield replace(base, pdl=False)
-    elif pairs <= 4 * FEW_PAIRS:
-        tiles = Tiles(64, 32, 128, 4, 4, swap=True)
-        yield Plan(tiles, replace(tiles, block_n=64), pairs=1 << (pairs - 1).bit_length())
-    if 256 <= pairs <= 16 * FEW_PAIRS:
-        for rows in (16, 32, 64):
-            tiles = Tiles(rows, 32, 128, 4, 4, swap=True)
-            yield Plan(tiles, replace(tiles, block_n=64), programs=3 if rows < 64 else 2)
-    if pairs >= 8 * shape.experts:
-        yield Plan(Tiles(64, 128, 64, 8, 4), Tiles(64, 256, 64, 8, 4))
-        for small, programs in ((0, 1), (64, 1)):
-            yield Plan(Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 4), small_m=small, programs=programs)
-        yield Plan(Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), small_m=64, programs=2)
+    pairs = shape.tokens * shape.top_k
+    yield default_plan(shape)
+    if pairs <= MAX_FEW_PAIRS:
+        yield from _few_starts(shape)
+    if pairs >= FEW_PAIRS // 2:
+        yield from _many_starts(shape)
 
 
 def neighbours(plan: Plan, which: str) -> Iterator[Plan]:
@@ -120,11 +137,13 @@ def neighbours(plan: Plan, which: str) -> Iterator[Plan]:
 
 
 def launching_variants(plan: Plan) -> Iterator[Plan]:
-    """``plan`` with other persistent grids and L2 groups."""
+    """``plan`` with other persistent grids and L2 groups, or another prefetch."""
     if plan.pairs:
         yield replace(plan, pdl=not plan.pdl)
+        for size in (0, 16384, 65536, 262144):
+            yield replace(plan, prefetch=size)
         return
-    for group in (1, 4, 8, 32):
+    for group in (1, 4, 16, 32):
         yield replace(plan, group=group)
     for programs in (1, 2, 3, 16):
         yield replace(plan, programs=programs)
@@ -158,7 +177,8 @@ class Tuner:
         """Measure what was not measured yet; return the fastest of ``plans``."""
         wanted = list(dict.fromkeys(plans))
         fresh = [plan for plan in wanted if plan not in self.results]
-        with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+        # synchronize: a new thread has no current context, which tensor descriptors need
+        with ThreadPoolExecutor(_COMPILE_THREADS, initializer=torch.cuda.synchronize) as pool:
             works = list(pool.map(self._compiles, fresh))
         torch.cuda.synchronize()
         for plan, usable in zip(fresh, works, strict=True):
@@ -171,9 +191,8 @@ class Tuner:
         self.best(starts, repeats)
         starts.sort(key=self.results.__getitem__)
         for plan in starts[:finalists]:
-            for which in ("gate_up", "down"):
-                plan = self.best([plan, *neighbours(plan, which)], repeats)
-            self.best(launching_variants(plan), repeats)
+            for vary in (partial(neighbours, which="gate_up"), partial(neighbours, which="down"), launching_variants):
+                plan = self.best([plan, *vary(plan)], repeats)
         plan = min(self.results, key=self.results.__getitem__)
         return plan, self.results[plan]
 
