@@ -4,7 +4,7 @@ Importing this package registers the ops and does nothing else; it needs no GPU,
 process group. ``init_workspace`` sets up what the communication ops of a group use.
 """
 
-from . import align, combine, combine_add, dispatch, errors, fused_moe, metadata
+from . import align, combine, combine_add, dispatch, errors, fused_moe, metadata, moe_combine
 from .workspace import BufferInfo, Workspace, get_workspace, init_workspace
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "get_workspace",
     "init_workspace",
     "metadata",
+    "moe_combine",
 ]
 __version__ = "0.1.0"

@@ -162,6 +162,26 @@ def launch_fused_moe(
     return out
 
 
+def launch_fused_moe_pairs(
+    hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, *, activation="silu",
+    alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None,
+    tokens_hint=None, batch_invariant=False,
+):  # fmt: skip
+    """All but the last step, the sum over each row's K pairs: see ``fused_moe_launch.run_pairs``."""
+    from .fused_moe_launch import Problem, run_pairs
+
+    form = ExpertForm(activation, alpha, limit, gated, transposed, interleaved)
+    _check(
+        hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, form, gate_up_bias,
+        down_bias, tokens_hint, None,
+    )  # fmt: skip
+    problem = Problem(
+        hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, form, gate_up_bias,
+        down_bias, hidden,
+    )  # fmt: skip
+    return run_pairs(problem, tokens_hint, batch_invariant)
+
+
 fused_moe = register_op(
     "fused_moe(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor gate_up, Tensor down, "
     'Tensor valid_tokens, int local_expert_start, *, str activation="silu", float? alpha=None, float? limit=None, '
