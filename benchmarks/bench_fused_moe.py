@@ -204,6 +204,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="time transformers' grouped_mm and a chain, too")
     parser.add_argument("--invariant", action="store_true", help="time the batch-invariant mode, too")
     parser.add_argument("--profile", action="store_true", help="print each kernel's own time")
+    parser.add_argument("--clean", action="store_true", help="leave no written lines in L2 (see GraphTimer)")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tune", type=Path, metavar="TABLE", help="search plans and write them to this table")
@@ -213,7 +214,9 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, timer = options(), GraphTimer(torch.device("cuda"))
+    args = options()
+    timer = GraphTimer(torch.device("cuda"), args.clean)
+    print(f"an empty graph takes {timer.empty_us():.1f} us", flush=True)
     wanted = [(SHAPES[s], int(t)) for s in args.shapes.split(",") for t in args.tokens.split(",")]
     if args.tune:
         args.repeats = min(args.repeats, 8)  # a search needs fewer samples than a table of results

@@ -69,6 +69,40 @@ def decode(
         sys.exit(1)
 
 
+@app.command()
+def tune(
+    experts: Annotated[int, typer.Option(min=1, help="Experts of a layer, over all ranks.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")],
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size.")],
+    inner: Annotated[int, typer.Option(min=1, help="Intermediate size of one expert.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that the experts are spread over.")] = 1,
+    tokens: Annotated[str, typer.Option(help="Row counts of the gathered batch.")] = "1,4,16,64,128,256,512,2048,8192",
+    out: Annotated[Path | None, typer.Option(help="Table; default: the installed one of this GPU.")] = None,
+) -> None:
+    """Measure tile shapes of fused_moe on this GPU and keep the best in a table. An interrupted run resumes."""
+    import torch
+    from rich.progress import Progress
+
+    from moe_ops.fused_moe_config import Shape
+    from moe_ops.fused_moe_tune import tune as tune_shapes
+
+    if not torch.cuda.is_available():
+        raise ArgumentError("tune: there is no CUDA device here; run it on the GPU that the table is for.")
+    if not all(part.strip().isdigit() for part in tokens.split(",")):
+        raise ArgumentError(f"--tokens {tokens}: pass counts with commas between them, as in 1,16,64.")
+    local = -(-experts // ranks)
+    shapes = [(Shape(local, top_k, hidden, inner, int(count)), experts) for count in tokens.split(",")]
+    with Progress() as display:
+        task = display.add_task("tuning", total=len(shapes))
+
+        def show(line: str) -> None:
+            display.print(line)
+            display.advance(task)
+
+        path = tune_shapes(shapes, out=out, progress=show)
+    print(path)
+
+
 def choose_device(device: str, ranks: int | None, local_ranks: int | None) -> tuple[str, int]:
     """Device type and number of ranks; GPUs only if every rank of this machine gets its own."""
     import torch
