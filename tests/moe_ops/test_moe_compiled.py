@@ -1,0 +1,154 @@
+"""The kernels of ``fused_moe`` and ``align_block_size`` compiled for an H200 that is not here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe_ops import align_kernels, fused_moe_few_kernels, fused_moe_kernels, fused_moe_many_kernels
+from moe_ops.fused_moe_config import Plan, Shape, Tiles, default_plan, invariant_plan
+
+QWEN = {tokens: Shape(128, 8, 2048, 768, tokens) for tokens in (1, 16, 64, 512, 8192)}
+INTS = (
+    "num_rows", "x_stride", "expert_start", "num_experts", "hidden", "inner", "num_pairs", "top_k", "sorted_size",
+    "out_stride", "share",
+)  # fmt: skip
+DIVISIBLE = ("x_stride", "hidden", "inner", "out_stride")  # by 16, which lets loads be wide
+FORM = {
+    "TOP_K": 8, "ACT": "silu", "GATED": True, "TRANSPOSED": False, "INTERLEAVED": False, "HAS_BIAS": False,
+    "HAS_LIMIT": False, "TMA": True, "EVEN_K": True, "PDL": True, "BOX_ROWS": True, "GROUP": 8, "BY_PAIR": False,
+}  # fmt: skip
+
+
+class Code(NamedTuple):
+    """What came out: PTX, registers a thread, bytes of stack (spills live there)."""
+
+    ptx: str
+    registers: int
+    stack: int
+
+    def has(self, form: str) -> bool:
+        return form in self.ptx
+
+
+def _type_of(name: str, box: dict[str, str]) -> str:
+    if name in box:
+        return box[name]
+    if name in ("alpha", "limit"):
+        return "fp32"
+    if name in INTS:
+        return "i32"
+    if name == "ids_ptr":
+        return "*i64"
+    return "*i32" if name in ("valid_ptr", "sorted_ptr", "expert_ids_ptr", "total_ptr", "counts_ptr") else "*bf16"
+
+
+def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, box: dict[str, str]) -> Code:
+    """Compile for sm_90; arguments that a kernel has as constexpr take ``constants``, descriptors ``box``."""
+    names = kernel.arg_names
+    values = {name: constants[name] for name in names if name.isupper()}
+    types = {name: "constexpr" if name in values else _type_of(name, box) for name in names}
+    aligned = [n for n in names if n in DIVISIBLE or types[n].startswith("*")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, types, {(names.index(n),): v for n, v in values.items()}, attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    asm = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+    return Code(asm["ptx"], *_usage(asm["cubin"]))
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+@cache
+def gemms(plan: Plan) -> tuple[Code, Code]:
+    """Both GEMMs of a plan."""
+    if plan.pairs:
+        kernels = fused_moe_few_kernels.gate_up_few_kernel, fused_moe_few_kernels.down_few_kernel
+    else:
+        kernels = fused_moe_many_kernels.gate_up_many_kernel, fused_moe_many_kernels.down_many_kernel
+    return _gemm(kernels[0], plan, plan.gate_up, 2), _gemm(kernels[1], plan, plan.down, 1)
+
+
+def _gemm(kernel: Any, plan: Plan, tiles: Tiles, parts: int) -> Code:
+    box = {
+        "w": f"tensordesc<bf16[1,{parts},{tiles.block_n},{tiles.block_k}]>",
+        "act": f"tensordesc<bf16[{tiles.block_m},{tiles.block_k}]>",
+    }
+    constants = FORM | {
+        "PAIRS": plan.pairs, "PREFETCH": plan.prefetch, "SWAP": tiles.swap,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
+    }  # fmt: skip
+    return compiled(kernel, constants, tiles.num_warps, tiles.num_stages, box)
+
+
+PLANS = {f"T={tokens}": default_plan(shape) for tokens, shape in QWEN.items()}
+PLANS |= {f"invariant T={tokens}": invariant_plan(shape) for tokens, shape in QWEN.items()}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_gemms_use_the_tensor_cores_and_bulk_copies_and_spill_nothing(name):
+    for code in gemms(PLANS[name]):
+        assert code.stack == 0
+        assert code.has("wgmma.mma_async") and not code.has("mma.sync.aligned.m16")
+        assert code.has("cp.async.bulk.tensor.4d")
+        assert code.has("griddepcontrol")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_second_gemm_waits_for_the_first(name):
+    first, second = gemms(PLANS[name])
+    chain = PLANS[name].pairs > 0  # then the first GEMM is the first kernel of the chain, and align is not
+    assert first.has("griddepcontrol.wait") != chain and second.has("griddepcontrol.wait")
+    assert first.has("griddepcontrol.launch_dependents") and second.has("griddepcontrol.launch_dependents")
+
+
+def test_few_rows_fill_the_machine():
+    """Registers leave room for four programs an SM, and weights are asked for before the wait."""
+    first, second = gemms(PLANS["T=1"])
+    assert max(first.registers, second.registers) <= 128
+    asked = second.ptx.index("cp.async.bulk.prefetch.L2.global")
+    assert asked < second.ptx.index("griddepcontrol.wait", asked) < second.ptx.index("wgmma.mma_async", asked)
+    assert "setp.eq.u32 p, t, 0" in second.ptx  # one thread asks
+
+
+def test_many_rows_reach_the_second_gemm_by_bulk_copies_alone():
+    _, second = gemms(PLANS["T=8192"])
+    assert second.has("cp.async.bulk.tensor.2d") and not second.has("cp.async.cg.shared")
+
+
+def test_interleaved_and_transposed_weights_need_no_spill():
+    for transposed, interleaved in ((True, True), (True, False), (False, True)):
+        parts, wide = (1, 64) if interleaved else (2, 32)
+        box = f"[1,128,{parts},{wide}]" if transposed else f"[1,{parts},{wide},128]"
+        constants = FORM | {
+            "TRANSPOSED": transposed, "INTERLEAVED": interleaved, "ACT": "swiglu_oai", "HAS_BIAS": True,
+            "HAS_LIMIT": True, "PAIRS": 128, "SWAP": True, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128,
+        }  # fmt: skip
+        code = compiled(fused_moe_few_kernels.gate_up_few_kernel, constants, 4, 4, {"w": f"tensordesc<bf16{box}>"})
+        assert code.stack == 0 and code.has("wgmma.mma_async")
+
+
+@pytest.mark.parametrize("bins", [8, 256, 1024])
+def test_align_and_the_sum_spill_nothing(bins):
+    constants = {"BLOCK": 64, "CHUNK": 512, "BINS": bins, "ROWS": 8192 // bins, "PDL": True}
+    for kernel in (align_kernels._align_kernel, align_kernels._count_kernel, align_kernels._scatter_kernel):
+        assert compiled(kernel, constants, 8, 3, {}).stack == 0
+    code = compiled(fused_moe_kernels.topk_sum_kernel, {"TOP_K": 8, "BLOCK_H": 1024, "PDL": True}, 4, 3, {})
+    assert code.stack == 0 and code.has("ld.global.v4")
