@@ -168,3 +168,24 @@ def test_table_names_what_the_report_holds():
     table = cli.render(REPORT, as_json=False)
     for text in ("gloo (why)", "graph breaks", "recompiles", "CUDA graphs", "tokens/s", "yes, every token"):
         assert text in table
+
+
+TUNE = {"experts": 8, "top_k": 2, "hidden": 64, "inner": 64}
+
+
+def test_tune_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="no CUDA device"):
+        cli.tune(**TUNE)
+
+
+def test_tune_gives_each_rank_its_share_and_checks_counts(monkeypatch, tmp_path):
+    from moe_ops import fused_moe_tune
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fused_moe_tune, "tune", lambda shapes, out, progress: asked.extend(shapes) or out)
+    cli.tune(**TUNE, ranks=3, tokens="1,64", out=tmp_path)
+    assert [(shape.experts, shape.tokens, total) for shape, total in asked] == [(3, 1, 8), (3, 64, 8)]
+    with pytest.raises(ArgumentError, match="commas"):
+        cli.tune(**TUNE, tokens="1;64")
