@@ -188,7 +188,7 @@ class Workspace:
         if self.transport.startswith("emulator"):
             from .emulator import make_buffer
 
-            buffer = make_buffer(self._group(), layout.nbytes)
+            buffer = make_buffer(self._group(), layout.nbytes, self.config.timeout_s)
         else:
             buffer = transports.allocate_symmetric(self._group(), layout.nbytes, self.device)
         return make_channel(

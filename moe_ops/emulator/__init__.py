@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Rank", "RankError", "RankPool", "make_buffer", "run_ranks"]
 
 
-def make_buffer(group: dist.ProcessGroup, nbytes: int) -> SymmetricBuffer:
+def make_buffer(group: dist.ProcessGroup, nbytes: int, timeout_s: float) -> SymmetricBuffer:
     """``nbytes`` of zeroed shared memory on every rank of a CPU ``group`` (all on one machine); collective.
 
     Also lets Triton's interpreter run our inline assembly in this process. Raises ``TransportError``
@@ -32,4 +32,4 @@ def make_buffer(group: dist.ProcessGroup, nbytes: int) -> SymmetricBuffer:
     from . import machine, memory
 
     machine.install()
-    return memory.allocate_for_group(group, nbytes)
+    return memory.allocate_for_group(group, nbytes, timeout_s)

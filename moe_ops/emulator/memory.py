@@ -12,46 +12,45 @@ import ctypes
 import mmap
 import os
 import uuid
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..symmetric import SymmetricBuffer
-from ..transports import group_store
+from ..transports import exchange, group_store
 from . import machine
 
 SHARED_FOLDER = "/dev/shm"
-SETUP_TIMEOUT = timedelta(seconds=60)
+SETUP_TIMEOUT_S = 60.0
 
 
-def allocate_shared(store: dist.Store, rank: int, world_size: int, nbytes: int, key: str) -> SymmetricBuffer:
+def allocate_shared(
+    store: dist.Store, rank: int, world_size: int, nbytes: int, key: str, timeout_s: float = SETUP_TIMEOUT_S
+) -> SymmetricBuffer:
     """``nbytes`` zeroed bytes on each of ``world_size`` ranks, mapped by all; collective over ``store``.
 
-    ``key`` is unique to this allocation in ``store`` and the same on all ranks.
+    ``key`` is unique to this allocation in ``store`` and the same on all ranks. Raises ``PeerTimeoutError``.
     """
     path = f"{SHARED_FOLDER}/moe_ep_{os.getpid()}_{uuid.uuid4().hex}"
     own = _create(path, nbytes)
     try:
-        store.set(f"{key}/path/{rank}", path)
-        paths = [store.get(f"{key}/path/{peer}").decode() for peer in range(world_size)]
+        paths = exchange(store, "allocate", f"{key}/path", rank, world_size, path, timeout_s)
         maps = [own if peer == rank else _open(paths[peer], nbytes) for peer in range(world_size)]
-        store.set(f"{key}/mapped/{rank}", b"1")
-        store.wait([f"{key}/mapped/{peer}" for peer in range(world_size)], SETUP_TIMEOUT)
+        exchange(store, "allocate", f"{key}/mapped", rank, world_size, True, timeout_s)
     finally:
         os.unlink(path)
     return _as_buffer(maps, rank, nbytes)
 
 
-def allocate_for_group(group: dist.ProcessGroup, nbytes: int) -> SymmetricBuffer:
+def allocate_for_group(group: dist.ProcessGroup, nbytes: int, timeout_s: float) -> SymmetricBuffer:
     """``allocate_shared`` over the store that ``group``'s ranks met at.
 
     Allocations are collective, so their number, kept in the store, is the same on all ranks.
     """
     store, rank, prefix = group_store(group), group.rank(), f"moe_ep/emulator/{group.group_name}"
     number = store.add(f"{prefix}/allocations/{rank}", 1)
-    return allocate_shared(store, rank, group.size(), nbytes, f"{prefix}/{number}")
+    return allocate_shared(store, rank, group.size(), nbytes, f"{prefix}/{number}", timeout_s)
 
 
 def _create(path: str, nbytes: int) -> mmap.mmap:
