@@ -66,7 +66,7 @@ class Agreement:
 
     name = "agreement"
 
-    def run(self, graph: Graph) -> Outcome:
+    def run(self, graph: Graph, rounding: str = "compiled") -> Outcome:
         """Insert the check; a graph that communicates nothing is left alone."""
         outcome = Outcome(self.name)
         ops = list(effect_ops(graph))
@@ -82,28 +82,26 @@ def fingerprint(ops: Sequence[EffectOp], group: str) -> str:
     return "; ".join(_compress([_describe(op) for op in ops if op.arguments["group_name"] == group]))
 
 
+# What must be equal on all ranks. Experts, capacity T and what a rank does with its own rows may differ.
+SHARED = ("hidden", "topk_ids", "topk_weights", "expert_output", "max_tokens")
+
+
 def _describe(op: EffectOp) -> str:
     """An op with the sizes that all ranks share."""
     parts = []
-    for name, value in op.arguments.items():
-        if name in ("local_tokens", "metadata", "num_rows", "group_name"):
-            continue
-        if isinstance(value, Node) and isinstance(tensor := value.meta.get("val"), Tensor):
-            parts.append(f"{name}={_describe_tensor(op.name, name, tensor)}")
-        elif value is not None and not isinstance(value, Node | list | tuple):
+    for name in SHARED:
+        value = op.arguments.get(name)
+        if isinstance(value, Node):
+            parts.append(f"{name}={_describe_tensor(op.name, value.meta['val'])}")
+        elif value is not None:
             parts.append(f"{name}={value}")
     return f"{op.name}({', '.join(parts)})"
 
 
-# Tensors with T rows, where T may differ between ranks.
-_RANK_SIZED = {("agv_dispatch", "hidden"), ("agv_dispatch", "topk_ids"), ("agv_dispatch", "topk_weights")}
-_RANK_SIZED |= {("rsv_combine_add", "addend")}
-
-
-def _describe_tensor(op: str, name: str, tensor: Tensor) -> str:
+def _describe_tensor(op: str, tensor: Tensor) -> str:
     sizes = [str(size) for size in tensor.shape]
-    if (op, name) in _RANK_SIZED:
-        sizes[0] = "T"
+    if op == "agv_dispatch":
+        sizes[0] = "T"  # of this rank
     return f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(sizes)}]"
 
 

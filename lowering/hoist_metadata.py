@@ -65,7 +65,7 @@ class HoistMetadata:
 
     name = "hoist_metadata"
 
-    def run(self, graph: Graph) -> Outcome:
+    def run(self, graph: Graph, rounding: str = "compiled") -> Outcome:
         """Rewrite ``graph``; the outcome lists every update that went, and those that count something else."""
         outcome = Outcome(self.name)
         first: dict[Any, EffectOp] = {}

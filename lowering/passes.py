@@ -2,10 +2,13 @@
 
 ===================  ===========================================================================
 hoist_metadata       one ``metadata_update`` a step, however many layers ask for it
+fuse_combine         a cast, scaling and adds that follow ``rsv_combine`` become part of it
+comm_buffers         experts write into the combine's symmetric memory: nothing is copied in between
 agreement            ranks compare what they compiled before they first communicate
 ===================  ===========================================================================
 
 The order matters: ``hoist_metadata`` first, because it makes layers alike and shortens the chain of tokens;
+``fuse_combine`` before ``comm_buffers``, because the latter takes a combine with all that joined it;
 ``agreement`` last, because it describes what is left. A graph without ops of ``moe_ep`` is left as it is.
 """
 
@@ -21,8 +24,10 @@ from torch.fx import Graph
 
 from . import torch_compat
 from .agreement import Agreement
+from .comm_buffers import CommBuffers
 from .effects import effect_ops, moe_nodes
 from .errors import UnknownPassError
+from .fuse_combine import FuseCombine
 from .hoist_metadata import HoistMetadata
 from .report import RECENT, GraphReport, Outcome
 
@@ -32,23 +37,29 @@ class Pass(Protocol):
 
     name: str
 
-    def run(self, graph: Graph) -> Outcome: ...
+    def run(self, graph: Graph, rounding: str) -> Outcome: ...
 
 
 PASSES: tuple[Pass, ...] = (
     HoistMetadata(),
+    FuseCombine(),
+    CommBuffers(),
     Agreement(),
 )
+ROUNDINGS = ("compiled", "eager")
 NAMES = tuple(p.name for p in PASSES)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which passes run. Part of the key under which compiled graphs are cached."""
+    """Which passes run, and where joined values are rounded. Part of the key under which compiled graphs are cached."""
 
     without: frozenset[str] = frozenset()
+    rounding: str = "compiled"
 
     def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise UnknownPassError(f"lowering: rounding = {self.rounding!r}; pass one of {', '.join(ROUNDINGS)}.")
         if unknown := sorted(self.without - set(NAMES)):
             raise UnknownPassError(
                 f"lowering: no pass is named {', '.join(unknown)}; the names are {', '.join(NAMES)}."
@@ -76,6 +87,7 @@ class Lowering(torch_compat.graph_pass_base()):
             "moe_ep.lowering",
             torch_compat.hash_of_sources(Path(__file__).parent),
             sorted(self.options.without),
+            self.options.rounding,
             user,
         )
 
@@ -86,16 +98,18 @@ def run_passes(graph: Graph, options: Options = Options()) -> GraphReport:
     outcomes = []
     for one in PASSES:
         enabled = one.name not in options.without
-        outcomes.append(one.run(graph) if enabled else Outcome(one.name, enabled=False))
+        outcomes.append(one.run(graph, options.rounding) if enabled else Outcome(one.name, enabled=False))
     graph.lint()
     groups = list(dict.fromkeys(op.arguments["group_name"] for op in effect_ops(graph)))
     return GraphReport(before, _count_ops(graph), groups, outcomes)
 
 
-def enable(without: Iterable[str] | None = None) -> None:
+def enable(without: Iterable[str] | None = None, rounding: str | None = None) -> None:
     """Make ``torch.compile`` run the passes; safe to call again.
 
-    ``without``: names of passes to leave out (``lowering.NAMES``); None keeps what was chosen before. Passes that the
+    ``without``: names of passes to leave out (``lowering.NAMES``). ``rounding``: ``"compiled"`` gives the bits of the
+    code that torch generates without the passes, ``"eager"`` those of the ops run one by one, and joins more
+    (``fuse_combine``). None keeps what was chosen before. Passes that the
     user installed in Inductor's ``post_grad_custom_pre_pass`` run first, whether they came before this call or (call
     it again then) after. Functions that are compiled already keep their code until ``torch._dynamo.reset()``.
     Raises ``UnknownPassError``, and ``UnsupportedTorchError`` where torch's internals are not known here.
@@ -107,6 +121,8 @@ def enable(without: Iterable[str] | None = None) -> None:
     options = ours.options if ours else Options()
     if without is not None:
         options = replace(options, without=frozenset(without))
+    if rounding is not None:
+        options = replace(options, rounding=rounding)
     user = [user_pass for p in present for user_pass in (p.user_passes if isinstance(p, Lowering) else (p,))]
     if len(present) == 1 and ours is not None and options == ours.options:
         return

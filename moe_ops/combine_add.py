@@ -115,7 +115,7 @@ def launch_combine_add(
         ALIGNED_IN=is_aligned(rows),
         ALIGNED_OUT=all(map(is_aligned, (out, *epilogue.addends))),
         MULTICAST=channel.multicast,
-        num_warps=launch.warps,
+        num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
     )
     return out
 

@@ -27,13 +27,21 @@ def test_text_and_json_say_the_same():
         """\
 lowering: on
 graphs: 1, graph breaks: 0, partitions: 0, cudagraph skips: 0
-ops: 1 agree, 2 metadata_update, 3 agv_dispatch, 3 fused_moe, 3 rsv_combine
+ops: 1 agree, 2 metadata_update, 3 agv_dispatch, 3 fused_moe_combine
 graph 0:
   hoist_metadata: 1 done, 1 refused
     + with_effects_3: reads with_effects instead
     - with_effects_6: counts another tensor or group than with_effects
+  fuse_combine: 0 done, 3 refused
+    - add: add_1 reads it: Inductor keeps it in fp32, a buffer would round it (rounding='eager' joins it)
+    - add_1: add is pointwise: Inductor keeps it in fp32, a buffer would round it (rounding='eager' joins it)
+    - add_2: add_1 is pointwise: Inductor keeps it in fp32, a buffer would round it (rounding='eager' joins it)
+  comm_buffers: 3 done, 0 refused
+    + with_effects_9: fused_moe and with_effects_2 share a slot, 512 bytes stay unwritten
+    + with_effects_10: fused_moe_1 and with_effects_5 share a slot, 512 bytes stay unwritten
+    + with_effects_11: fused_moe_2 and with_effects_8 share a slot, 512 bytes stay unwritten
   agreement: 1 done, 0 refused
-    + group 'local': metadata_update(); 2 x [agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); rsv_combine(expert_output=bfloat16[8,32])]; metadata_update(); agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); rsv_combine(expert_output=bfloat16[8,32])
+    + group 'local': metadata_update(); 2 x [agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); fused_moe_combine(hidden=bfloat16[8,32], topk_ids=int64[8,2], topk_weights=bfloat16[8,2])]; metadata_update(); agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); fused_moe_combine(hidden=bfloat16[8,32], topk_ids=int64[8,2], topk_weights=bfloat16[8,2])
 copies around the ops: 0""",  # noqa: E501
     )
     data = json.loads(explanation.to_json())
@@ -67,7 +75,7 @@ def test_a_copy_beside_an_op_is_found():
         return ops.rsv_combine(y, count, metadata, 8, "local")
 
     explanation = lowering.explain(copying, batch(), COUNT)
-    assert [copy.op for copy in explanation.copies] == ["rsv_combine"]
+    assert [copy.op for copy in explanation.copies] == ["rsv_combine"], explanation
 
 
 def test_only_kernels_that_just_move_data_count():
