@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -15,6 +14,7 @@ from multiprocessing.connection import Connection
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 WORLD = 3
 TIMEOUT_S = 1.0
@@ -24,10 +24,9 @@ PRELOAD += ["moe_ops.emulator.machine", "tests.moe_ops.rank_checks"]
 AT_ONCE = 8  # groups under test at a time; they mostly sleep
 
 
-def survivor_report(rank: int, folder: str, transport: str, link: Connection) -> None:
+def survivor_report(rank: int, port: int, transport: str, link: Connection) -> None:
     """One rank: rounds until something raises, then a round with the survivors; sends what happened."""
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
     from moe_ops.errors import PeerTimeoutError
@@ -35,7 +34,8 @@ def survivor_report(rank: int, folder: str, transport: str, link: Connection) ->
     from tests.moe_ops.rank_checks import Setup, random_counts
 
     def join(name: str, rank: int, ranks: int) -> None:
-        store = dist.FileStore(f"{folder}/{name}", ranks)
+        client = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+        store = dist.PrefixStore(name, client)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=5))
 
     join("all", rank, WORLD)
@@ -65,36 +65,37 @@ def inject(transport: str, seed: int) -> str | None:
     rng = random.Random(seed)
     victim, how = rng.randrange(WORLD), rng.choice((signal.SIGKILL, signal.SIGSTOP))
     context = multiprocessing.get_context("forkserver")
-    with tempfile.TemporaryDirectory() as folder:
-        links, workers = [], []
-        for rank in range(WORLD):
-            mine, theirs = context.Pipe()
-            worker = context.Process(target=survivor_report, args=(rank, folder, transport, theirs), daemon=True)
-            worker.start()
-            links.append(mine)
-            workers.append(worker)
-        try:
-            for link in links:
-                expect(link, "ready", 60)
-            time.sleep(rng.uniform(0, 0.2))
-            os.kill(workers[victim].pid, how)
-            alive = [rank for rank in range(WORLD) if rank != victim]
-            for rank in alive:
-                missing, elapsed, _ = expect(links[rank], "raised", TIMEOUT_S + 20)
-                assert missing == [victim], f"rank {rank} named {missing}, not {victim} ({how.name})"
-                assert elapsed < TIMEOUT_S + SLACK_S, f"rank {rank} raised after {elapsed:.2f} s ({how.name})"
-            for rank in alive:
-                links[rank].send(alive)
-            for rank in alive:
-                problem = expect(links[rank], "later group", 60)
-                assert problem is None, problem
-            return None
-        except (AssertionError, EOFError, OSError) as error:
-            return f"seed {seed}, rank {victim} {how.name}: {error}"
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.join()
+    # served by this process, as torchrun's agent would: a rank stopped inside a file store would keep its lock
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    links, workers = [], []
+    for rank in range(WORLD):
+        mine, theirs = context.Pipe()
+        worker = context.Process(target=survivor_report, args=(rank, store.port, transport, theirs), daemon=True)
+        worker.start()
+        links.append(mine)
+        workers.append(worker)
+    try:
+        for link in links:
+            expect(link, "ready", 60)
+        time.sleep(rng.uniform(0, 0.2))
+        os.kill(workers[victim].pid, how)
+        alive = [rank for rank in range(WORLD) if rank != victim]
+        for rank in alive:
+            missing, elapsed, _ = expect(links[rank], "raised", TIMEOUT_S + 20)
+            assert missing == [victim], f"rank {rank} named {missing}, not {victim} ({how.name})"
+            assert elapsed < TIMEOUT_S + SLACK_S, f"rank {rank} raised after {elapsed:.2f} s ({how.name})"
+        for rank in alive:
+            links[rank].send(alive)
+        for rank in alive:
+            problem = expect(links[rank], "later group", 60)
+            assert problem is None, problem
+        return None
+    except (AssertionError, EOFError, OSError) as error:
+        return f"seed {seed}, rank {victim} {how.name}: {error}"
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
 
 
 def start_fork_server() -> None:
