@@ -55,7 +55,7 @@ def join(*clocks: Clock) -> Clock:
 
 
 def tick(clock: Clock, lane: int) -> Clock:
-    return clock[:lane] + (clock[lane] + 1,) + clock[lane + 1 :]
+    return (*clock[:lane], clock[lane] + 1, *clock[lane + 1 :])
 
 
 def knows(clock: Clock, stamp: Stamp | Message | None) -> bool:
