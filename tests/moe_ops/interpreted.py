@@ -17,7 +17,7 @@ ROOT = HERE.parents[1]
 def run_checks(file: str, *, interpret: bool, timeout_s: float = 280) -> None:
     """``pytest`` on ``tests/moe_ops/<file>``; its output becomes the message where a check fails."""
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if interpret else {}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(
         command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s
     )
