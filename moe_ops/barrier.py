@@ -132,9 +132,10 @@ def live_rows(peers, call, op, local_tokens_ptr, metadata_ptr, row_limit, valid_
 
 
 @triton.jit
-def _send(peers, call, tag, payload, mask, W: tl.constexpr, FIRST_WARP: tl.constexpr):
+def _send(peers, call, words, tag, payload, mask, W: tl.constexpr, FIRST_WARP: tl.constexpr):
+    """``tag`` and ``payload`` to all ranks, into the words of epoch ``words``'s parity."""
     lanes = tl.arange(0, LANES)
-    address = call.table + _word_offset(call.epoch, W) + peers.rank * 8
+    address = call.table + _word_offset(words, W) + peers.rank * 8
     word = call.table * 0 + ((tag << 32) | (payload & 0xFFFFFFFF))
     if FIRST_WARP:
         signal_word(address, word, (lanes < W) & mask)
@@ -150,7 +151,7 @@ def signal(peers, call, payload, W: tl.constexpr, MULTICAST: tl.constexpr):
     tl.debug_barrier()  # the whole block's stores come before the release below
     given_up = call.poison != 0
     tag = call.epoch + 1 + tl.where(given_up, ABORT, 0).to(tl.int64)
-    _send(peers, call, tag, tl.where(given_up, call.poison, payload.to(tl.int64)), True, W, True)
+    _send(peers, call, call.epoch, tag, tl.where(given_up, call.poison, payload.to(tl.int64)), True, W, True)
 
 
 @triton.jit
@@ -178,7 +179,9 @@ def _give_up(peers, call, op, verdict, each, word, W: tl.constexpr):
     kind = tl.where(missed == 0, KIND_ABORTED, KIND_TIMEOUT)
     ranks = tl.where(missed == 0, quitters, missed)
     _fail(peers, call, verdict != _HERE, kind, op, ranks, missed, missed * 0)
-    _send(peers, call, call.epoch + 1 + ABORT, missed, call.poison == 0, W, False)
+    for ahead in tl.static_range(2):  # a peer may wait in the next call already
+        words = call.epoch + ahead
+        _send(peers, call, words, call.epoch + 1 + ABORT, missed, call.poison == 0, W, False)
 
 
 @triton.jit

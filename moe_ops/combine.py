@@ -10,7 +10,14 @@ from .comm_launch import choose_launch, is_aligned, rows_of
 from .dispatch import check_metadata
 from .errors import DtypeError, ShapeError
 from .registration import register_op
-from .shapes import CPU_HIDDEN_DTYPES, check_dtype, check_hidden_dtype, check_rank, check_same_device, check_scalar_count
+from .shapes import (
+    CPU_HIDDEN_DTYPES,
+    check_dtype,
+    check_hidden_dtype,
+    check_rank,
+    check_same_device,
+    check_scalar_count,
+)
 from .symmetric import Channel
 from .workspace import resolve
 
@@ -78,7 +85,7 @@ def launch_combine(
         ALIGNED_IN=is_aligned(expert_output),
         ALIGNED_OUT=is_aligned(out),
         MULTICAST=channel.multicast,
-        num_warps=launch.warps,
+        num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
     )
     return out
 

@@ -16,7 +16,7 @@ WARP = 32
 
 
 class Launch(NamedTuple):
-    """``blocks`` programs of ``warps`` warps; each handles ``chunks`` (N, at least 32 * warps) chunks of a row at once."""
+    """``blocks`` programs of ``warps`` warps; each takes ``chunks`` (N >= 32 * warps) chunks of a row at once."""
 
     blocks: int
     warps: int

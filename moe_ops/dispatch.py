@@ -47,7 +47,9 @@ def check_metadata(op: str, metadata: Tensor) -> None:
 def _empty_outputs(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, max_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    first, second, third = (tensor.new_empty(max_tokens, tensor.shape[1]) for tensor in (hidden, topk_ids, topk_weights))
+    first, second, third = (
+        tensor.new_empty(max_tokens, tensor.shape[1]) for tensor in (hidden, topk_ids, topk_weights)
+    )
     return first, second, third
 
 
@@ -102,7 +104,7 @@ def launch_dispatch(
         ALIGNED_OUT=is_aligned(outputs[0]),
         ALIGNED_ROUTING=all(map(is_aligned, (topk_ids, topk_weights, *outputs[1:]))),
         MULTICAST=channel.multicast,
-        num_warps=launch.warps,
+        num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
     )
     return outputs
 
@@ -118,9 +120,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(hidden, topk_ids, topk_weights, local_tokens, metadata, max_tokens)
     ws = resolve(group_name, _OP)
-    ws.check_call(
-        _OP, rows=hidden.shape[0], hidden_size=hidden.shape[1], top_k=topk_ids.shape[1], device=hidden.device
-    )
+    ws.check_call(_OP, rows=hidden.shape[0], hidden_size=hidden.shape[1], top_k=topk_ids.shape[1], device=hidden.device)
     ws.check()
     if not hidden.is_cuda:
         collectives.check_counts_on_host(_OP, local_tokens, hidden.shape[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import collectives
@@ -34,7 +33,7 @@ def launch_metadata(channel: Channel, local_tokens: Tensor) -> Tensor:
         out,
         channel.layout.max_tokens_per_rank,
         W=channel.world_size,
-        num_warps=1,
+        num_warps=1,  # pyright: ignore[reportCallIssue]
     )
     return out
 

@@ -34,13 +34,9 @@ _REDUCE_BF16 = _predicated(
 _REDUCE_FP16 = _predicated(
     "multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.f16x2 {$0, $1, $2, $3}, [$4]", mask=5, outputs=4
 )
-_REDUCE_FP32 = _predicated(
-    "multimem.ld_reduce.relaxed.sys.global.add.v4.f32 {$0, $1, $2, $3}, [$4]", mask=5, outputs=4
-)
+_REDUCE_FP32 = _predicated("multimem.ld_reduce.relaxed.sys.global.add.v4.f32 {$0, $1, $2, $3}, [$4]", mask=5, outputs=4)
 _STORE_CHUNK = _predicated("st.global.v4.b32 [$1], {$2, $3, $4, $5}", mask=6, outputs=1)
-_MULTICAST_CHUNK = _predicated(
-    "multimem.st.relaxed.sys.global.v4.f32 [$1], {$2, $3, $4, $5}", mask=6, outputs=1
-)
+_MULTICAST_CHUNK = _predicated("multimem.st.relaxed.sys.global.v4.f32 [$1], {$2, $3, $4, $5}", mask=6, outputs=1)
 
 
 @triton.jit
@@ -151,7 +147,7 @@ def poll_word(address, mask):
 
 @triton.jit
 def prefetch_l2(address, size):
-    """The first thread asks L2 for ``size`` bytes (int32 scalar) at ``address`` (int64 scalar), both multiples of 16."""
+    """The first thread asks L2 for ``size`` bytes (int32) at ``address`` (int64), scalars and multiples of 16."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0; "
         "@p cp.async.bulk.prefetch.L2.global [$1], $2; }",

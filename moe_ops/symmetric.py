@@ -129,8 +129,9 @@ class Failure:
                 "there; see the error on those ranks, then call workspace.reset() on every rank."
             )
         return CapacityError(
-            f"{self.op}: {self.rows} live rows on rank(s) {ranks} exceed the limit of {self.limit}; pass fewer rows, or "
-            "larger tensors and a larger max_tokens_per_rank to init_workspace, and call workspace.reset() on every rank."
+            f"{self.op}: {self.rows} live rows on rank(s) {ranks} exceed the limit of {self.limit}; pass fewer rows, "
+            "or larger tensors and a larger max_tokens_per_rank to init_workspace, and call workspace.reset() on every "
+            "rank."
         )
 
 

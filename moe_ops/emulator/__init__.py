@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from ..errors import TransportError
+from moe_ops.errors import TransportError
+
 from .ranks import Rank, RankError, RankPool, run_ranks
 
 if TYPE_CHECKING:
-    from ..symmetric import SymmetricBuffer
+    from moe_ops.symmetric import SymmetricBuffer
 
 __all__ = ["Rank", "RankError", "RankPool", "make_buffer", "run_ranks"]
 
@@ -27,9 +28,9 @@ def make_buffer(group: dist.ProcessGroup, nbytes: int, timeout_s: float) -> Symm
     """
     import triton
 
-    if not triton.knobs.runtime.interpret:
+    if not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
         raise TransportError("the emulator needs TRITON_INTERPRET=1 in the environment before Triton is imported.")
-    from . import machine, memory
+    from . import hook, memory
 
-    machine.install()
+    hook.install()
     return memory.allocate_for_group(group, nbytes, timeout_s)

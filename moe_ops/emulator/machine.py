@@ -1,12 +1,11 @@
 """A small PTX machine: runs the text of our inline assembly on numpy arrays and raw host addresses.
 
-Triton's interpreter runs a kernel's programs one after another, on addresses of this process, and
-raises at inline assembly. ``install`` puts ``execute`` there instead. It parses the text of
-``moe_ops/ptx.py`` (nothing is matched by function name) and knows only the instructions below; any
-other text raises, so that an emulated kernel never does something else than its PTX says.
+It parses the text of ``moe_ops/ptx.py`` (nothing is matched by function name) and knows only the
+instructions below; any other text raises, so that an emulated kernel never does something else than
+its PTX says.
 
 Element ``i`` of a tensor is thread ``i`` of the block. Words of a signal are single atomic accesses
-of the C++ library behind the interpreter; a multicast address stands for the same offset in every
+of the C++ library behind Triton's interpreter; a multicast address stands for the same offset in every
 rank's buffer (``add_multicast_range``).
 """
 
@@ -20,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 from triton._C.libtriton import interpreter as native
-from triton.runtime import interpreter as triton_interpreter
 
 
 class UnknownPtxError(NotImplementedError):
@@ -257,7 +255,7 @@ def _round_pair(kind: str) -> Callable[[_Thread, tuple[str, ...], np.ndarray], N
 
 
 def _nothing(thread: _Thread, operands: tuple[str, ...], on: np.ndarray) -> None:
-    """A fence: the emulated accesses are in program order already (x86), or atomic."""
+    """A prefetch, or a fence: the emulated accesses are in program order already (x86), or atomic."""
 
 
 _INSTRUCTIONS: dict[str, Callable[[_Thread, tuple[str, ...], np.ndarray], None]] = {
@@ -279,19 +277,10 @@ _INSTRUCTIONS: dict[str, Callable[[_Thread, tuple[str, ...], np.ndarray], None]]
     "multimem.ld_reduce.relaxed.sys.global.add.v4.f32": _reduce_multicast("f32"),
     "cvt.rn.bf16x2.f32": _round_pair("bf16x2"),
     "cvt.rn.f16x2.f32": _round_pair("f16x2"),
+    "cp.async.bulk.prefetch.L2.global": _nothing,
     "fence.proxy.alias": _nothing,
     "fence.acq_rel.cta": _nothing,
 }
-
-
-class _Results:
-    """What ``create_inline_asm`` returns: the tensors by index."""
-
-    def __init__(self, handles: list[triton_interpreter.TensorHandle]):
-        self.handles = handles
-
-    def get_result(self, index: int) -> triton_interpreter.TensorHandle:
-        return self.handles[index]
 
 
 def execute(text: str, inputs: list[np.ndarray], outputs: list[np.dtype]) -> list[np.ndarray]:
@@ -302,33 +291,3 @@ def execute(text: str, inputs: list[np.ndarray], outputs: list[np.dtype]) -> lis
     for statement in _parse(text):
         thread.step(statement)
     return [thread.registers[f"${i}"] for i in range(len(outputs))]
-
-
-def _create_inline_asm(
-    builder: object, text: str, constraints: str, values: list, types: list, is_pure: bool, pack: int
-) -> _Results:
-    if pack != 1:
-        raise UnknownPtxError("emulator: only pack=1 is supported.")
-    shape = values[0].data.shape if values else (1,)
-    dtypes = [triton_interpreter._get_np_dtype(getattr(kind, "scalar", kind)) for kind in types]
-    arrays = execute(text, [value.data for value in values], dtypes)
-    return _Results(
-        [
-            triton_interpreter.TensorHandle(array.reshape(shape), getattr(kind, "scalar", kind))
-            for array, kind in zip(arrays, types, strict=True)
-        ]
-    )
-
-
-def _call_device_function(function: triton_interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
-    """A device function called by a kernel, whose launch has patched ``triton.language`` already.
-
-    Triton 3.6 to 3.9 patch it again for every call, a third of an emulated kernel's time.
-    """
-    return function.rewrite()(*args, **kwargs)
-
-
-def install() -> None:
-    """Let Triton's interpreter run our inline assembly, in this process, from now on."""
-    triton_interpreter.InterpreterBuilder.create_inline_asm = _create_inline_asm
-    triton_interpreter.InterpretedFunction.__call__ = _call_device_function

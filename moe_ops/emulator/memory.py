@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..symmetric import SymmetricBuffer
-from ..transports import exchange, group_store
+from moe_ops.symmetric import SymmetricBuffer
+from moe_ops.transports import exchange, group_store
+
 from . import machine
 
 SHARED_FOLDER = "/dev/shm"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..symmetric import Channel, Layout, make_channel
+from moe_ops.symmetric import Channel, Layout, make_channel
 
 DEFAULT_TIMEOUT_S = 120.0
 STORE_TIMEOUT = timedelta(seconds=60)
@@ -38,7 +38,7 @@ class Rank:
 
     def channel(self, layout: Layout, *, timeout_s: float = 30.0, epoch: int = 0) -> Channel:
         """A channel over fresh shared memory; collective."""
-        from .machine import install
+        from .hook import install
         from .memory import allocate_shared
 
         install()
@@ -54,7 +54,7 @@ class Rank:
         """Wait for all ranks, on the host."""
         self._meetings += 1
         keys = [f"meet{self._meetings}/{rank}" for rank in range(self.world_size)]
-        self.store.set(keys[self.rank], b"")
+        self.store.set(keys[self.rank], "")
         self.store.wait(keys, STORE_TIMEOUT)
 
 
@@ -137,12 +137,11 @@ class RankPool:
         self._workers, self._server = [], None
 
     def _grow(self, world_size: int) -> None:
-        if self._server is None:
-            self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        server = self._server = self._server or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
         for rank in range(len(self._workers), world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._server.port, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, server.port, there), daemon=True)
             with _interpreted():
                 process.start()
             there.close()

@@ -62,7 +62,7 @@ def _rows(kind: str) -> Rows:
 
 def _signature(variant: Variant) -> dict[str, Any]:
     common: dict[str, Any] = {"peers": Peers("*i64", "i64", "*i64", "i64", "i64", "i32")}
-    counts = {name: "*i32" for name in ("local_tokens_ptr", "metadata_ptr")}
+    counts = dict.fromkeys(("local_tokens_ptr", "metadata_ptr"), "*i32")
     limits = {"row_limit": "i32", "max_tokens": "i32"}
     if variant.kernel == "metadata":
         return common | {"local_tokens_ptr": "*i32", "out_ptr": "*i32", "rank_capacity": "i32"}

@@ -119,7 +119,7 @@ def run_dispatch(rank: Rank, shape: Shape, channel: Channel) -> reference.Batch:
 
 
 def run_combine(rank: Rank, shape: Shape, channel: Channel) -> Tensor:
-    """``rsv_combine``: bit-equal to the oracle over peer pointers; over multicast summed in fp32, rounded on the way."""
+    """``rsv_combine``: bit-equal to the oracle over peer pointers; over multicast rounded on the way."""
     metadata = reference.metadata(shape.counts)[rank.rank]
     outputs = shape.outputs()
     rows = [shape.rows_on(r) for r in range(shape.world)]
@@ -165,7 +165,7 @@ def check_shapes(rank: Rank, shapes: list[Shape], steps: tuple[str, ...], epoch:
 
 
 def generate(world: int, seed: int) -> Shape:
-    """A random case: ragged and aligned sizes, all dtypes, ranks with no rows, one rank with all of them, full ranks."""
+    """A random case: ragged and aligned sizes, all dtypes, no rows, all on one rank, full ranks."""
     rng = random.Random(f"{world}/{seed}")
     rows = rng.randint(1, 3)
     kind = rng.choice(("any", "any", "full", "none", "one"))

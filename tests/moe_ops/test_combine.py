@@ -34,7 +34,7 @@ def test_equals_the_oracle(world: int, multicast: bool):
 
 
 def combine_values(rank: Rank, values: list[float], live: int) -> list[float]:
-    """Every element of rank r's output is ``values[r]``; row 0 of this rank's two rows after the combine, then row 1."""
+    """Every element of rank r's output is ``values[r]``. Returns the combined rows 0 and 1, one element of each."""
     shape = Shape((live,) * rank.world_size, rows=2, hidden_size=8, out_dtype=torch.float32, dtype=torch.float32)
     channel = open_channel(rank, shape.layout)
     output = torch.full((shape.max_tokens, 8), values[rank.rank])

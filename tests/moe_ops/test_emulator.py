@@ -1,0 +1,91 @@
+"""The emulator itself: ranks that fail, memory that goes away, and the Triton it needs."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_ops.emulator import Rank, RankError, RankPool, make_buffer, run_ranks
+from moe_ops.errors import TransportError
+from moe_ops.symmetric import Layout
+
+LAYOUT = Layout(2, 4, 16, 2, torch.bfloat16)
+
+
+def fail_on(rank: Rank, bad: int) -> int:
+    if rank.rank == bad:
+        raise ValueError("a mistake of mine")
+    return rank.rank
+
+
+def test_results_come_in_rank_order():
+    assert run_ranks(3, fail_on, -1) == [0, 1, 2]
+
+
+def test_an_error_names_its_rank_and_the_pool_goes_on():
+    with pytest.raises(RankError, match="rank 1: ValueError: a mistake of mine"):
+        run_ranks(2, fail_on, 1)
+    assert run_ranks(2, fail_on, -1) == [0, 1]
+
+
+def hang_or_exit(rank: Rank, how: str) -> None:
+    if rank.rank == 0:
+        if how == "exit":
+            os._exit(3)
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(("how", "message"), [("hang", "no answer in time"), ("exit", "its process ended")])
+def test_a_rank_that_does_not_return(how: str, message: str):
+    pool = RankPool()
+    try:
+        pool.run(1, fail_on, (-1,))  # starting the process does not count
+        started = time.monotonic()
+        with pytest.raises(RankError, match=message):
+            pool.run(1, hang_or_exit, (how,), timeout_s=1.0)
+        assert time.monotonic() - started < 10
+        assert pool.run(1, fail_on, (-1,)) == [0]
+    finally:
+        pool.close()
+
+
+def share_memory(rank: Rank) -> list[int]:
+    """Every rank writes its byte into the peer's memory through the peer's address. Returns files left behind."""
+    import ctypes
+
+    channel = rank.channel(LAYOUT)
+    peer = 1 - rank.rank
+    ctypes.memset(int(channel.buffer.peer_ptrs[peer]) + 7, rank.rank + 1, 1)
+    rank.meet()
+    seen = int(channel.buffer.local[7])
+    names = [path for path in Path("/dev/shm").glob("moe_ep_*") if path.name.startswith(f"moe_ep_{os.getpid()}_")]
+    channel.close()
+    return [seen, len(names)]
+
+
+def test_memory_is_shared_and_leaves_no_file():
+    assert run_ranks(2, share_memory) == [[2, 0], [1, 0]]
+
+
+def multicast_is_no_memory(rank: Rank) -> bool:
+    """Whether the page at the multicast address is inaccessible, as /proc tells it."""
+    channel = rank.channel(LAYOUT)
+    address = channel.buffer.multicast_ptr
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return line.split()[1].startswith("---")
+    return False
+
+
+def test_a_plain_access_to_a_multicast_address_faults():
+    assert run_ranks(2, multicast_is_no_memory) == [True, True]
+
+
+def test_without_the_interpreter_the_error_says_what_to_do():
+    with pytest.raises(TransportError, match="TRITON_INTERPRET=1"):
+        make_buffer(None, 16, 1.0)  # pyright: ignore[reportArgumentType]
