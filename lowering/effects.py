@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
+
+from moe_ops.transports import KERNEL_TRANSPORTS
+from moe_ops.workspace import transports_in_use
 
 from . import torch_compat
 
-COMMUNICATION = ("metadata_update", "agv_dispatch", "rsv_combine")
+NO_KERNEL = "the group's transport has no kernel of its own (or no workspace yet): nothing to join"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ class EffectOp:
         graph.erase_node(self.node)
 
 
+def is_one_kernel(op: EffectOp) -> bool:
+    """Whether a communication op is one launch, which other work can join: on transports with kernels of their own.
+
+    Collectives on CUDA are several launches, and what Inductor would fuse behind them would become more. On the CPU
+    nothing is launched, so there every transport gets the same graph.
+    """
+    group = op.arguments["group_name"]
+    return op.value(0).device.type == "cpu" or transports_in_use().get(group) in KERNEL_TRANSPORTS
+
+
 def short_name(op: Any) -> str:
     """``"agv_dispatch"`` for the overload ``moe_ep::agv_dispatch``; other ops keep their namespace."""
     return str(op).removeprefix("moe_ep.").removesuffix(".default")
@@ -82,7 +94,7 @@ def short_name(op: Any) -> str:
 
 def is_moe_op(op: Any, *names: str) -> bool:
     """Whether ``op`` is an overload of ``moe_ep``, of one of the ``names`` if any are given."""
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "moe_ep":
+    if not isinstance(op, torch_compat.OpOverload) or op.namespace != "moe_ep":
         return False
     return not names or short_name(op) in names
 

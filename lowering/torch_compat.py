@@ -71,7 +71,10 @@ def let_caches_keep_ordered_ops(on: bool) -> None:
     config.unsafe_marked_cacheable_functions = marked | ({_EFFECT_NAME: "moe_ep"} if on else {})
 
 
-def schema_arguments(op: torch._ops.OpOverload) -> list[Any]:
+OpOverload = torch._ops.OpOverload  # what a node's target is
+
+
+def schema_arguments(op: OpOverload) -> list[Any]:
     """The declared arguments of an op, in order; each has ``name``, ``kwarg_only``, ``default_value``."""
     return list(op._schema.arguments)
 

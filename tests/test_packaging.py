@@ -100,6 +100,18 @@ def test_readme_example_works_when_pasted():
     assert "tensor(" in run_python(example, timeout=280)
 
 
+def test_every_page_is_in_the_index():
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages <= set(re.findall(r"\]\(([a-z-]+\.md)\)", (ROOT / "docs/index.md").read_text()))
+
+
+def test_every_error_is_in_troubleshooting():
+    sources = [(ROOT / package / "errors.py").read_text() for package in PACKAGES]
+    classes = {name for source in sources for name in re.findall(r"^class (\w+)", source, flags=re.M)}
+    assert len(classes) > 10
+    assert classes <= set(re.findall(r"`(?:moe_ops\.errors\.)?(\w+)`", (ROOT / "docs/troubleshooting.md").read_text()))
+
+
 @pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path):
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())

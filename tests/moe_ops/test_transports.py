@@ -85,7 +85,7 @@ def settings(rank: Rank) -> None:
         _misuse(ws)
         ws.close()
         ws.close()
-        with pytest.raises(errors.WorkspaceError, match="call moe_ops.init_workspace"):
+        with pytest.raises(errors.WorkspaceError, match=r"call moe_ops\.init_workspace"):
             torch.ops.moe_ep.metadata_update(torch.ones(1, dtype=torch.int32), ws.group_name)
         mine = sizes | {"top_k": 2 + rank.rank}
         with pytest.raises(errors.WorkspaceError, match="pass the same values on every rank"):
