@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .effects import EffectOp, bind, effect_ops, insert_effect, is_moe_op, reaches, read
+from .effects import NO_KERNEL, EffectOp, bind, effect_ops, insert_effect, is_moe_op, is_one_kernel, reaches, read
 from .report import Outcome
 
 EXPERT_TENSORS = ("hidden", "topk_ids", "topk_weights", "gate_up", "down")
@@ -96,6 +96,8 @@ class CommBuffers:
 
 def _refuse(combine: EffectOp, experts: Any) -> str | None:
     """Why the experts cannot write into the combine's slot, or None."""
+    if not is_one_kernel(combine):
+        return NO_KERNEL
     if not (isinstance(experts, Node) and is_moe_op(experts.target, "fused_moe")):
         return f"{experts} comes from no fused_moe: it is copied into the slot"
     if experts in combine.arguments.get("addends", []):

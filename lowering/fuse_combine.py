@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from . import torch_compat
-from .effects import EffectOp, effect_ops, insert_effect, is_moe_op, reaches, read
+from .effects import NO_KERNEL, EffectOp, effect_ops, insert_effect, is_moe_op, is_one_kernel, reaches, read
 from .report import Outcome
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -98,6 +98,9 @@ class FuseCombine:
         return outcome
 
     def _match(self, combine: EffectOp, rounding: str, outcome: Outcome) -> CombineEpilogue | None:
+        if not is_one_kernel(combine):
+            outcome.refuse(combine.node, NO_KERNEL)
+            return None
         results = combine.results(0)
         if len(results) != 1:
             outcome.refuse(combine.node, f"its result is read in {len(results)} places")

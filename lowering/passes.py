@@ -22,6 +22,8 @@ from typing import Any, Protocol
 
 from torch.fx import Graph
 
+from moe_ops.workspace import transports_in_use
+
 from . import torch_compat
 from .agreement import Agreement
 from .comm_buffers import CommBuffers
@@ -79,7 +81,7 @@ class Lowering(torch_compat.graph_pass_base()):
             RECENT.append(run_passes(graph, self.options))
 
     def uuid(self) -> Any | None:
-        """Identity for the caches: our sources, the options, the user's passes. None: nothing may be cached."""
+        """Identity for the caches: our sources, options, transports, the user's passes. None: nothing may be cached."""
         user = [torch_compat.pass_uuid(user_pass) for user_pass in self.user_passes]
         if any(uuid is None for uuid in user):
             return None
@@ -88,6 +90,7 @@ class Lowering(torch_compat.graph_pass_base()):
             torch_compat.hash_of_sources(Path(__file__).parent),
             sorted(self.options.without),
             self.options.rounding,
+            sorted(transports_in_use().items()),
             user,
         )
 

@@ -245,6 +245,11 @@ def get_workspace(group_name: str) -> Workspace | None:
     return _WORKSPACES.get(group_name)
 
 
+def transports_in_use() -> dict[str, str]:
+    """Transport by group name, of every group that has a workspace."""
+    return {name: workspace.transport for name, workspace in _WORKSPACES.items()}
+
+
 def resolve(group_name: str, op: str) -> Workspace:
     """The workspace that an op uses; a group of one rank needs none and gets a local one."""
     workspace = _WORKSPACES.get(group_name)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
+from lowering import comm_buffers, effects
 from lowering.comm_buffers import CommBuffers
 from lowering.fuse_combine import FuseCombine
 from tests.lowering.layers import K, T, batch, inference_graph, ops, text, weights
@@ -97,9 +99,20 @@ def test_refusals_and_their_reasons():
         graph, done, refused = lower(model)
         assert not done and "fused_moe_combine" not in graph
         lines.append(f"{model.__name__}: {'; '.join(refused)}")
-    assert_expected_inline("\n".join(lines), """\
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 no_experts: arg1_1 comes from no fused_moe: it is copied into the slot
 two_readers: fused_moe is also added to the combine's result
 another_count: fused_moe counts its rows with another tensor than the combine's metadata
 another_number: fused_moe counts its rows with another tensor than the combine's metadata
-another_dtype: fused_moe returns torch.float16, the slot holds torch.bfloat16""")
+another_dtype: fused_moe returns torch.float16, the slot holds torch.bfloat16""",
+    )
+
+
+def test_a_transport_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """On CUDA, where every collective is launches of its own."""
+
+    monkeypatch.setattr(comm_buffers, "is_one_kernel", lambda op: False)
+    graph, done, refused = lower(plain)
+    assert not done and refused == [effects.NO_KERNEL] and "!rsv_combine" in graph
