@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .comm_launch import choose_launch, is_aligned, rows_of
+from .comm_launch import Launch, choose_launch, is_aligned, rows_of
 from .dispatch import check_metadata
 from .errors import DtypeError, ShapeError
 from .registration import register_op
@@ -62,14 +62,15 @@ def launch_combine(
     metadata: Tensor,
     num_rows: int,
     out_dtype: torch.dtype | None = None,
+    launch: Launch | None = None,
 ) -> Tensor:
-    """The kernel over symmetric memory: one launch, one barrier."""
+    """The kernel over symmetric memory: one launch, one barrier. ``launch``: in place of the table's (tuning)."""
     from .chunks import Slots
     from .combine_kernels import _combine_kernel
 
     layout = channel.layout
     out = _empty_output(expert_output, num_rows, out_dtype)
-    launch = choose_launch(_OP, expert_output.shape[0], layout.hidden_row, expert_output.device.type)
+    launch = launch or choose_launch(_OP, expert_output.shape[0], layout.hidden_row, expert_output.device.type)
     _combine_kernel[(launch.blocks,)](
         channel.peers(),
         Slots(layout.combine_offset, layout.combine_slot, layout.capacity),

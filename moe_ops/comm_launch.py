@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +16,11 @@ WARP = 32
 
 
 class Launch(NamedTuple):
-    """``blocks`` programs of ``warps`` warps; each takes ``chunks`` (N >= 32 * warps) chunks of a row at once."""
+    """``blocks`` programs of ``warps`` warps; each takes ``chunks`` (N >= 32 * warps) chunks of a row at once.
+
+    At most ``symmetric.MAX_BLOCKS``. More blocks than fit on the GPU at once are fine, as they start in order: one's
+    copies then run beside another's wait.
+    """
 
     blocks: int
     warps: int
@@ -27,7 +31,7 @@ _EMULATED = Launch(blocks=2, warps=1, chunks=32)  # the interpreter runs program
 
 
 @cache
-def _table() -> dict[str, list[dict]]:
+def _table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
@@ -35,11 +39,12 @@ def choose_launch(op: str, rows: int, row_bytes: int, device_type: str) -> Launc
     """The launch for ``rows`` (M, static) of ``row_bytes``: from values that every rank shares, never from T.
 
     Takes the first entry of ``tables/comm.json`` whose ``max_bytes`` holds the batch; the table says where
-    it was measured.
+    it comes from.
     """
     if device_type != "cuda":
         return _EMULATED
     total = rows * row_bytes
+    assert total < 2**31 * CHUNK_BYTES, f"{total} bytes in one call: units are counted in int32"
     entry = next(e for e in _table()[op] if e["max_bytes"] is None or total <= e["max_bytes"])
     return Launch(entry["blocks"], entry["warps"], entry["chunks"])
 

@@ -80,14 +80,15 @@ def launch_dispatch(
     local_tokens: Tensor,
     metadata: Tensor,
     max_tokens: int,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel over symmetric memory: one launch, one barrier."""
+    """The kernel over symmetric memory: one launch, one barrier. ``launch``: in place of the table's (tuning)."""
     from .chunks import Slots
     from .dispatch_kernels import Batch, _dispatch_kernel
 
     layout = channel.layout
     outputs = _empty_outputs(hidden, topk_ids, topk_weights, max_tokens)
-    launch = choose_launch(_OP, max_tokens, layout.hidden_row, hidden.device.type)
+    launch = launch or choose_launch(_OP, max_tokens, layout.hidden_row, hidden.device.type)
     _dispatch_kernel[(launch.blocks,)](
         channel.peers(),
         Slots(layout.dispatch_offset, layout.dispatch_slot, layout.capacity),

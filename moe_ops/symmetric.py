@@ -16,7 +16,7 @@ from .errors import CapacityError, MoeEpError, PeerTimeoutError
 from .shapes import CHUNK_BYTES, align_up
 
 MAX_RANKS = 32  # one warp signals all peers
-MAX_BLOCKS = 512  # of one launch; each has its own signal words
+MAX_BLOCKS = 1024  # of one launch; each has its own signal words
 REGION_ALIGNMENT = 128
 
 OP_CODES = {"metadata_update": 1, "agv_dispatch": 2, "rsv_combine": 3}
