@@ -42,17 +42,30 @@ class Census:
         self.epoch += 1
 
     def _missing(self, deadline: float) -> list[int]:
-        """Sign, then wait until ``deadline`` for the signatures of the others."""
-        absent = [rank for rank in range(self.world_size) if rank != self.rank]
-        try:
-            self.store.set_timeout(timedelta(seconds=GRACE_S))
-            self.store.set(self._key(self.rank), "here")
-            while absent and time.monotonic() < deadline:
-                absent = [rank for rank in absent if not self.store.check([self._key(rank)])]
-                time.sleep(0.02)
-        except RuntimeError:  # the store died with the process that served it, by default rank 0
-            return [0] if 0 in absent else absent
-        return absent
+        """The ranks that did not see the failure by ``deadline``."""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        return absentees(self.store, self.prefix, self.rank, others, deadline, self.timeout_s)
 
-    def _key(self, rank: int) -> str:
-        return f"{self.prefix}/failed/{rank}"
+
+def absentees(
+    store: dist.Store, prefix: str, rank: int, suspects: list[int], deadline: float, timeout_s: float
+) -> list[int]:
+    """Sign as alive, and wait until ``deadline`` (monotonic) for the suspects to sign; returns those that did not.
+
+    A rank that waits for a dead one is late itself, wherever it waits; its signature tells it from the dead.
+    """
+    lately = timeout_s + 2 * GRACE_S
+    try:
+        store.set_timeout(timedelta(seconds=GRACE_S))
+        store.set(f"{prefix}/failed/{rank}", repr(time.time()))
+        while suspects and time.monotonic() < deadline:
+            time.sleep(0.02)
+            suspects = [peer for peer in suspects if not _signed(store, f"{prefix}/failed/{peer}", lately)]
+    except RuntimeError:  # the store died with the process that served it, by default rank 0
+        return [0] if 0 in suspects else suspects
+    return suspects
+
+
+def _signed(store: dist.Store, key: str, lately: float) -> bool:
+    """Whether ``key`` was signed in the last ``lately`` seconds; an older signature is of an earlier failure."""
+    return store.check([key]) and abs(time.time() - float(store.get(key))) < lately

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from .census import GRACE_S, absentees
 from .errors import ArgumentError, PeerTimeoutError, TransportError
 from .symmetric import SymmetricBuffer
 
 KERNEL_TRANSPORTS = ("multicast", "p2p", "emulator", "emulator-multicast")
 TRANSPORTS = ("auto", *KERNEL_TRANSPORTS, "nccl", "gloo", "local")
-PROBE_BYTES = 1 << 16
+SIGNATURES = "moe_ep/setup"  # where ranks of a store sign that they are alive
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def exchange(
         except RuntimeError:
             missing.append(peer)
     if missing:
-        raise PeerTimeoutError(what, 0, missing, timeout_s)
+        gone = absentees(store, SIGNATURES, rank, missing, time.monotonic() + GRACE_S, timeout_s)
+        raise PeerTimeoutError(what, 0, gone or missing, timeout_s)
     return [json.loads(store.get(f"{key}/{peer}")) for peer in range(world_size)]
 
 

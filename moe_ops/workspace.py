@@ -102,7 +102,7 @@ class Workspace:
     def census(self) -> Census:
         """Names missing ranks when a collective on the CPU fails."""
         store = transports.group_store(self._group())
-        return Census(store, f"moe_ep/{self.group_name}", self.rank, self.world_size, self.config.timeout_s)
+        return Census(store, transports.SIGNATURES, self.rank, self.world_size, self.config.timeout_s)
 
     def allocate(self) -> None:
         """Allocate the symmetric memory now (collective); without it, the first op does."""

@@ -21,7 +21,7 @@ TIMEOUT_S = 1.0
 SLACK_S = 2.0  # the contract: every survivor raises within timeout_s + 2 s
 PRELOAD = ["moe_ops.dispatch_kernels", "moe_ops.combine_kernels", "moe_ops.metadata_kernels"]
 PRELOAD += ["moe_ops.emulator.machine", "tests.moe_ops.rank_checks"]
-AT_ONCE = 8  # groups under test at a time; they mostly sleep
+AT_ONCE = 4  # groups under test at a time; they mostly sleep
 
 
 def survivor_report(rank: int, port: int, transport: str, link: Connection) -> None:
