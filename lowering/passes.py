@@ -4,6 +4,7 @@
 hoist_metadata       one ``metadata_update`` a step, however many layers ask for it
 fuse_combine         a cast, scaling and adds that follow ``rsv_combine`` become part of it
 comm_buffers         experts write into the combine's symmetric memory: nothing is copied in between
+elide_barriers       says of every wait for peers why it stays or is not needed; changes nothing
 agreement            ranks compare what they compiled before they first communicate
 ===================  ===========================================================================
 
@@ -28,6 +29,7 @@ from . import torch_compat
 from .agreement import Agreement
 from .comm_buffers import CommBuffers
 from .effects import effect_ops, moe_nodes
+from .elide_barriers import ElideBarriers
 from .errors import UnknownPassError
 from .fuse_combine import FuseCombine
 from .hoist_metadata import HoistMetadata
@@ -46,6 +48,7 @@ PASSES: tuple[Pass, ...] = (
     HoistMetadata(),
     FuseCombine(),
     CommBuffers(),
+    ElideBarriers(),
     Agreement(),
 )
 ROUNDINGS = ("compiled", "eager")

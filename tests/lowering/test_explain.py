@@ -40,6 +40,23 @@ graph 0:
     + with_effects_9: fused_moe and with_effects_2 share a slot, 512 bytes stay unwritten
     + with_effects_10: fused_moe_1 and with_effects_5 share a slot, 512 bytes stay unwritten
     + with_effects_11: fused_moe_2 and with_effects_8 share a slot, 512 bytes stay unwritten
+  elide_barriers: 8 done, 8 refused
+    + with_effects: no reuse wait; the group's last op before this graph met all ranks
+    + with_effects_1: no reuse wait; the group's last op before this graph met all ranks
+    + with_effects_9: no reuse wait; its slot was with_effects's, and with_effects_1 met all ranks
+    + with_effects_4: no reuse wait; its slot was with_effects_1's, and with_effects_9 met all ranks
+    + with_effects_10: no reuse wait; its slot was with_effects_9's, and with_effects_4 met all ranks
+    + with_effects_6: no reuse wait; its slot was with_effects_4's, and with_effects_10 met all ranks
+    + with_effects_7: no reuse wait; its slot was with_effects_10's, and with_effects_6 met all ranks
+    + with_effects_11: no reuse wait; its slot was with_effects_6's, and with_effects_7 met all ranks
+    - with_effects: arrival: metadata_update reads the counts of all ranks, written in this call
+    - with_effects_1: arrival: agv_dispatch reads the rows of all ranks, written in this call
+    - with_effects_9: arrival: fused_moe_combine reads the partial sums of all ranks, written in this call
+    - with_effects_4: arrival: agv_dispatch reads the rows of all ranks, written in this call
+    - with_effects_10: arrival: fused_moe_combine reads the partial sums of all ranks, written in this call
+    - with_effects_6: arrival: metadata_update reads the counts of all ranks, written in this call
+    - with_effects_7: arrival: agv_dispatch reads the rows of all ranks, written in this call
+    - with_effects_11: arrival: fused_moe_combine reads the partial sums of all ranks, written in this call
   agreement: 1 done, 0 refused
     + group 'local': metadata_update(); 2 x [agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); fused_moe_combine(hidden=bfloat16[8,32], topk_ids=int64[8,2], topk_weights=bfloat16[8,2])]; metadata_update(); agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); fused_moe_combine(hidden=bfloat16[8,32], topk_ids=int64[8,2], topk_weights=bfloat16[8,2])
 copies around the ops: 0""",  # noqa: E501
