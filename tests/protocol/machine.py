@@ -19,7 +19,8 @@ class Case:
     """What is run: the same ``ops`` on all ranks, by ``warps`` warps a block.
 
     ``timeouts``: ``(rank, block)`` whose polls may end without success. ``mortal``: that rank may stop for ever.
-    ``resident``: blocks of one launch that run at a time (None: all). ``modulus``: tags wrap around there.
+    ``resident``: blocks of one launch that run at a time (None: all), started by index if ``in_order``.
+    ``modulus``: tags wrap around there.
     """
 
     world: int
@@ -29,6 +30,7 @@ class Case:
     timeouts: frozenset[tuple[int, int]] = frozenset()
     mortal: int | None = None
     resident: int | None = None
+    in_order: bool = False
     modulus: int = 1 << 31
 
     @property
@@ -190,7 +192,11 @@ class Machine:
     def _may_run(self, at: Rank, thread: int) -> bool:
         if self.case.resident is None:
             return True
-        return thread // self.case.warps in (running := self._running(at)) or len(running) < self.case.resident
+        block, running = thread // self.case.warps, self._running(at)
+        if block in running:
+            return True
+        waiting = [i // self.case.warps for i, other in enumerate(at.threads) if other.history == ()]
+        return len(running) < self.case.resident and (not self.case.in_order or block == min(waiting))
 
     def _running(self, at: Rank) -> set[int]:
         """Blocks of which a warp has begun and a warp has not ended."""

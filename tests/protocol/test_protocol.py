@@ -135,11 +135,14 @@ def test_fault_is_caught_poison_by_warp():
         list(walks(replace(sound, faults=frozenset({"poison_by_warp"})), 600))
 
 
-def test_fault_is_caught_more_blocks_than_run_at_a_time():
-    sound = case(2, "d", (2,), counts=((1, 1),))
-    explore(replace(sound, resident=2), reduced=False)
+@pytest.mark.parametrize("resident", [1, 2])
+def test_fault_is_caught_blocks_start_in_any_order(resident: int):
+    """More blocks than run at a time need their order: the lowest unfinished one runs on every rank."""
+    sound = case(2, "d", (2 * resident,), counts=((2, 2),), resident=resident, in_order=True)
+    explore(sound)
+    explore(replace(sound, resident=2 * resident, in_order=False))
     with pytest.raises(Violation, match="deadlock"):
-        explore(replace(sound, resident=1), reduced=False)
+        explore(replace(sound, in_order=False))
 
 
 def test_every_fault_has_its_test():
