@@ -19,10 +19,11 @@ Pattern::
     ... read, with trip counts that are 0 unless ok ...
     leave(peers, call)
 
-A word on the wire is ``tag << 32 | payload``. The tag is ``epoch + 1`` modulo 2^32; a rank that has
-given up sends ``epoch + 1 + ABORT`` and, as payload, the ranks that it missed. Words are never reset:
-a wait asks whether the tag's signed distance to ``epoch + 1`` is at least 0. They alternate between
-two sets with the epoch's parity, so that a peer one call ahead leaves the payload of this one alone.
+A word on the wire is ``tag << 32 | payload``. The tag is ``epoch + 1`` in 31 bits; a rank that has
+given up adds the bit ABORT and, as payload, the ranks that it missed. Words are never reset. They
+alternate between two sets with the epoch's parity, so that a peer one call ahead leaves the payload of
+this one alone; a peer cannot be two ahead, so the word of a rank that has arrived holds exactly
+``epoch + 1``, and anything else without the bit is old, however old.
 
 ``wait`` never traps and lasts ``timeout`` at most, on the device clock. Warps may leave it with
 different verdicts when the clock runs out between them; so after it no branch that contains a block
@@ -52,7 +53,7 @@ MAX_BLOCKS = tl.constexpr(_MAX_BLOCKS)
 KIND_TIMEOUT = tl.constexpr(_KIND_TIMEOUT)
 KIND_CAPACITY = tl.constexpr(_KIND_CAPACITY)
 KIND_ABORTED = tl.constexpr(_KIND_ABORTED)
-ABORT = tl.constexpr(1 << 30)
+ABORT = tl.constexpr(1 << 31)
 
 _HERE = tl.constexpr(0)
 _LATE = tl.constexpr(1)
@@ -80,13 +81,23 @@ class Call(NamedTuple):
 
 
 @triton.jit
-def enter(peers, W: tl.constexpr):
-    """The first thing in a kernel, so that these loads are over when the barrier needs them."""
+def enter(peers, W: tl.constexpr, N: tl.constexpr):
+    """The first thing in a kernel, so that these loads are over when the barrier needs them.
+
+    ``N``: at least the block's threads. Another block may poison the workspace at any time, so what the warps
+    read is united over the block: all of it signals as poisoned, or all of it as alive.
+    """
     lanes = tl.arange(0, LANES)
     epoch = tl.load(peers.state + 1 + tl.program_id(0))
-    poison = tl.load(peers.state)
+    poison = tl.max(tl.load(peers.state + tl.arange(0, N) * 0), axis=0)
     table = tl.load(peers.table + lanes, mask=lanes < W, other=0)
     return Call(epoch, poison, table, tl.load(peers.table + peers.rank))
+
+
+@triton.jit
+def _tag(epoch):
+    """31 bits that no earlier call of the last 2^31 used."""
+    return (epoch + 1) & (ABORT - 1)
 
 
 @triton.jit
@@ -150,15 +161,15 @@ def signal(peers, call, payload, W: tl.constexpr, MULTICAST: tl.constexpr):
         fence_aliases(tl.program_id(0))
     tl.debug_barrier()  # the whole block's stores come before the release below
     given_up = call.poison != 0
-    tag = call.epoch + 1 + tl.where(given_up, ABORT, 0).to(tl.int64)
+    tag = _tag(call.epoch) | tl.where(given_up, ABORT, 0).to(tl.int64)
     _send(peers, call, call.epoch, tag, tl.where(given_up, call.poison, payload.to(tl.int64)), True, W, True)
 
 
 @triton.jit
 def _verdict(word, epoch, live):
     """What the words say, at worst and by lane: ``_HERE``, ``_LATE`` or ``_ABORTED``."""
-    ahead = ((word >> 32) - (epoch + 1)).to(tl.int32)
-    each = tl.where(ahead < 0, _LATE, tl.where(ahead >= ABORT // 2, _ABORTED, _HERE))
+    tag = (word >> 32) & (2 * ABORT - 1)
+    each = tl.where(tag >= ABORT, _ABORTED, tl.where(tag == _tag(epoch), _HERE, _LATE))
     each = tl.where(live, each, _HERE)
     return tl.max(each, axis=0), each
 
@@ -181,7 +192,7 @@ def _give_up(peers, call, op, verdict, each, word, W: tl.constexpr):
     _fail(peers, call, verdict != _HERE, kind, op, ranks, missed, missed * 0)
     for ahead in tl.static_range(2):  # a peer may wait in the next call already
         words = call.epoch + ahead
-        _send(peers, call, words, call.epoch + 1 + ABORT, missed, call.poison == 0, W, False)
+        _send(peers, call, words, _tag(call.epoch) | ABORT, missed, call.poison == 0, W, False)
 
 
 @triton.jit

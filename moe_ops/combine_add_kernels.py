@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .barrier import enter, leave, live_rows, signal, wait
 from .chunks import first_unit, gather_chunk, row_chunks, slot_offset
-from .combine_kernels import _add, _floats, _sources, _store_octet, _sum_over_ranks
+from .combine_kernels import _add, _addresses, _floats, _sources, _store_octet, _sum_over_ranks
 from .ptx import round_pair, store_chunk
 from .symmetric import OP_CODES
 
@@ -129,7 +129,7 @@ def _combine_add_kernel(
     octets = (source.length + 7) // 8
     segments = (octets + N - 1) // N
 
-    call = enter(peers, W)
+    call = enter(peers, W, N)
     slot = slot_offset(slots, call.epoch)
     bases = _sources(peers, slot, W, MULTICAST)
     most = tl.minimum(slots.rows, max_tokens)
@@ -150,7 +150,8 @@ def _combine_add_kernel(
         for half in tl.static_range(HALVES):
             chunk = octet * HALVES + half
             inside = (chunk < chunks) & (row < live_end)
-            values = values + _sum_over_ranks(bases, (row * chunks + chunk) * 16, inside, COUNT, DTYPE, MULTICAST)
+            at = (row * chunks + chunk) * 16
+            values = values + _sum_over_ranks(_addresses(bases, at, at, -1, COUNT), inside, COUNT, DTYPE, MULTICAST)
         inside = octet < octets
         values = _join(values, addends, scale, row - offset, octet, inside, OUT, ADDENDS, ROUND_EACH, ALIGNED_OUT)
         _store_octet(out, row - offset, octet, values, inside, ALIGNED_OUT)

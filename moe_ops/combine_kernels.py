@@ -49,14 +49,20 @@ def _add(left, right, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _sum_over_ranks(bases, offset, mask, COUNT: tl.constexpr, DTYPE: tl.constexpr, MULTICAST: tl.constexpr):
+def _addresses(bases, offset, own, own_rank, COUNT: tl.constexpr):
+    """Addresses of one chunk on every rank; ``own`` instead for ``own_rank`` (-1: for none)."""
+    addresses = ()
+    for rank in tl.static_range(COUNT):
+        addresses = addresses + (tl.where(own_rank == rank, own, bases[rank] + offset),)
+    return addresses
+
+
+@triton.jit
+def _sum_over_ranks(addresses, mask, COUNT: tl.constexpr, DTYPE: tl.constexpr, MULTICAST: tl.constexpr):
     """fp32 values of one chunk summed over all ranks: in rank order, all loads in flight before the first addition."""
     if MULTICAST:
-        total = _floats(reduce_chunk(bases[0] + offset, mask, DTYPE), 0, DTYPE)
+        total = _floats(reduce_chunk(addresses[0], mask, DTYPE), 0, DTYPE)
     else:
-        addresses = ()
-        for rank in tl.static_range(COUNT):
-            addresses = addresses + (bases[rank] + offset,)
         words = load_chunks(addresses, mask, COUNT)
         total = _floats(words, 0, DTYPE)
         for rank in tl.static_range(1, COUNT):
@@ -93,7 +99,9 @@ def _combine_kernel(
     A unit is N octets (8 elements) of a row; unit ``u`` of the global rows is program ``u mod G``'s on every
     rank, in the copy and in the sum. Example: W = 2, counts 1 and 2; rank 1 copies its rows 0, 1, 2 into its
     slot and returns ``out[0] = row 1 of rank 0 + row 1 of rank 1``, ``out[1]`` likewise from row 2.
+    Over peer pointers its own part of its own rows is read where it lies, so those rows are not copied.
     """
+    IN_PLACE: tl.constexpr = ALIGNED_IN and not MULTICAST
     DTYPE: tl.constexpr = source.data.dtype.element_ty
     COUNT: tl.constexpr = 1 if MULTICAST else W
     HALVES: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # chunks of an octet
@@ -102,17 +110,20 @@ def _combine_kernel(
     octets = (source.length + 7) // 8
     segments = (octets + N - 1) // N
 
-    call = enter(peers, W)
+    call = enter(peers, W, N)
     slot = slot_offset(slots, call.epoch)
     bases = _sources(peers, slot, W, MULTICAST)
     most = tl.minimum(slots.rows, max_tokens)
     t, valid, offset, call = live_rows(peers, call, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
+    own_rank = peers.rank if IN_PLACE else -1
+    own_end = offset + t if IN_PLACE else offset
     for unit in tl.range(first_unit(valid * 0), valid * segments, tl.num_programs(0)):
         row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
-        for half in tl.static_range(HALVES):
-            chunk = octet * HALVES + half
-            data = gather_chunk(source, row, chunk, chunk < chunks, ALIGNED_IN)
-            store_chunk(call.own + slot + (row * chunks + chunk) * 16, data, chunk < chunks, False)
+        if (row < offset) | (row >= own_end):
+            for half in tl.static_range(HALVES):
+                chunk = octet * HALVES + half
+                data = gather_chunk(source, row, chunk, chunk < chunks, ALIGNED_IN)
+                store_chunk(call.own + slot + (row * chunks + chunk) * 16, data, chunk < chunks, False)
     signal(peers, call, t, W, MULTICAST)
 
     _, ok = wait(peers, call, _OP, W, MULTICAST)
@@ -123,6 +134,8 @@ def _combine_kernel(
         for half in tl.static_range(HALVES):
             chunk = octet * HALVES + half
             inside = (chunk < chunks) & (row < live_end)
-            values = values + _sum_over_ranks(bases, (row * chunks + chunk) * 16, inside, COUNT, DTYPE, MULTICAST)
+            own = source.data.to(tl.int64) + row * source.row_stride + chunk * 16
+            at = _addresses(bases, (row * chunks + chunk) * 16, own, own_rank, COUNT)
+            values = values + _sum_over_ranks(at, inside, COUNT, DTYPE, MULTICAST)
         _store_octet(out, row - offset, octet, values, octet < octets, ALIGNED_OUT)
     leave(peers, call)

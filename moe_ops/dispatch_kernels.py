@@ -1,4 +1,4 @@
-"""Device code of ``agv_dispatch``: push own rows to every rank, meet, copy all rows out."""
+"""Device code of ``agv_dispatch``: push own rows to every other rank, meet, copy the others' rows out."""
 
 from typing import NamedTuple
 
@@ -23,12 +23,12 @@ class Batch(NamedTuple):
 
 @triton.jit
 def _destinations(peers, offset, W: tl.constexpr, MULTICAST: tl.constexpr):
-    """Base addresses to store to: one multicast address, or every rank's, starting with the next one."""
+    """Base addresses to store to: one multicast address, or every other rank's, starting with the next one."""
     if MULTICAST:
         bases = (peers.multicast + offset,)
     else:
         bases = ()
-        for step in tl.static_range(1, W + 1):
+        for step in tl.static_range(1, W):
             bases = bases + (tl.load(peers.table + (peers.rank + step) % W) + offset,)
     return bases
 
@@ -49,10 +49,8 @@ def _clear_ids(ids, start, stop, N: tl.constexpr):
 
 
 @triton.jit
-def _push_routing(
-    bases, offset, source, row, R: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr, MULTICAST: tl.constexpr
-):
-    """Ids, then weights, of one row to ``offset`` on all destinations, as one row of chunks."""
+def _gather_routing(source, row, R: tl.constexpr, ALIGNED: tl.constexpr):
+    """Ids, then weights, of one row as one row of chunks, and which lanes hold one."""
     lanes = tl.arange(0, R)
     id_chunks = row_chunks(source.ids)
     chunks = id_chunks + row_chunks(source.weights)
@@ -60,17 +58,15 @@ def _push_routing(
     late = (lanes >= id_chunks) & (lanes < chunks)
     weights = gather_chunk(source.weights, row, lanes - id_chunks, late, ALIGNED)
     both = (ids[0] | weights[0], ids[1] | weights[1], ids[2] | weights[2], ids[3] | weights[3])
-    _publish(bases, offset + lanes * 16, both, lanes < chunks, COUNT, MULTICAST)
+    return both, lanes < chunks
 
 
 @triton.jit
-def _pull_routing(address, out, row, R: tl.constexpr, ALIGNED: tl.constexpr):
-    """The inverse, out of this rank's slot."""
+def _scatter_routing(out, row, both, R: tl.constexpr, ALIGNED: tl.constexpr):
+    """The inverse."""
     lanes = tl.arange(0, R)
     id_chunks = row_chunks(out.ids)
-    chunks = id_chunks + row_chunks(out.weights)
-    both = load_chunk(address + lanes * 16, lanes < chunks)
-    late = (lanes >= id_chunks) & (lanes < chunks)
+    late = (lanes >= id_chunks) & (lanes < id_chunks + row_chunks(out.weights))
     scatter_chunk(out.ids, row, lanes, both, lanes < id_chunks, ALIGNED)
     scatter_chunk(out.weights, row, lanes - id_chunks, both, late, ALIGNED)
 
@@ -86,14 +82,15 @@ def _dispatch_kernel(
     A row is ``segments`` units: N chunks of hidden states each, and a last one for ids and weights (R lanes).
     Example: W = 2, counts 1 and 2, H = 16 bf16 (2 chunks), G = 4: two units a row; rank 1 pushes rows 1
     and 2 of the gathered batch as units 2, 3 (programs 2, 3) and 4, 5 (programs 0, 1).
+    Over peer pointers own rows go to ``out`` at once, not through the own slot: 2 of W parts of the local traffic less.
     """
-    DESTINATIONS: tl.constexpr = 1 if MULTICAST else W
-    lanes = tl.arange(0, N)
+    DESTINATIONS: tl.constexpr = 1 if MULTICAST else W - 1
+    lanes, routing_lanes = tl.arange(0, N), tl.arange(0, R)
     chunks = row_chunks(source.hidden)
     row_bytes = (chunks + row_chunks(source.ids) + row_chunks(source.weights)) * 16
     segments = (chunks + N - 1) // N + 1
 
-    call = enter(peers, W)
+    call = enter(peers, W, R)
     most = tl.minimum(slots.rows, max_tokens)
     t, valid, offset, call = live_rows(peers, call, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
     slot = slot_offset(slots, call.epoch)
@@ -103,19 +100,28 @@ def _dispatch_kernel(
         if unit % segments < segments - 1:
             data = gather_chunk(source.hidden, row - offset, chunk, chunk < chunks, ALIGNED_IN)
             _publish(bases, row * row_bytes + chunk * 16, data, chunk < chunks, DESTINATIONS, MULTICAST)
+            if not MULTICAST:
+                scatter_chunk(out.hidden, row, chunk, data, chunk < chunks, ALIGNED_OUT)
         else:
-            at = row * row_bytes + chunks * 16
-            _push_routing(bases, at, source, row - offset, R, ALIGNED_ROUTING, DESTINATIONS, MULTICAST)
+            both, inside = _gather_routing(source, row - offset, R, ALIGNED_ROUTING)
+            at = row * row_bytes + (chunks + routing_lanes) * 16
+            _publish(bases, at, both, inside, DESTINATIONS, MULTICAST)
+            if not MULTICAST:
+                _scatter_routing(out, row, both, R, ALIGNED_ROUTING)
     signal(peers, call, t, W, MULTICAST)
     _clear_ids(out.ids, valid.to(tl.int64) * out.ids.length, (call.epoch * 0 + max_tokens) * out.ids.length, R)
 
     _, ok = wait(peers, call, _OP, W, MULTICAST)
+    own_end = offset if MULTICAST else offset + t
     for unit in tl.range(first_unit(valid * 0), tl.where(ok, valid * segments, 0), tl.num_programs(0)):
         row, chunk = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         origin = call.own + slot + row * row_bytes
-        if unit % segments < segments - 1:
-            data = load_chunk(origin + chunk * 16, chunk < chunks)
-            scatter_chunk(out.hidden, row, chunk, data, chunk < chunks, ALIGNED_OUT)
-        else:
-            _pull_routing(origin + chunks * 16, out, row, R, ALIGNED_ROUTING)
+        if (row < offset) | (row >= own_end):
+            if unit % segments < segments - 1:
+                data = load_chunk(origin + chunk * 16, chunk < chunks)
+                scatter_chunk(out.hidden, row, chunk, data, chunk < chunks, ALIGNED_OUT)
+            else:
+                inside = routing_lanes < row_chunks(out.ids) + row_chunks(out.weights)
+                both = load_chunk(origin + (chunks + routing_lanes) * 16, inside)
+                _scatter_routing(out, row, both, R, ALIGNED_ROUTING)
     leave(peers, call)

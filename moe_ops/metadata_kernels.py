@@ -17,7 +17,7 @@ def _metadata_kernel(peers, local_tokens_ptr, out_ptr, rank_capacity, W: tl.cons
     Example: counts 3, 0, 5 on ranks 0, 1, 2; rank 2 gets ``[8, 3, 5]``.
     """
     lanes = tl.arange(0, LANES)
-    call = enter(peers, W)
+    call = enter(peers, W, LANES)
     signal(peers, call, tl.maximum(tl.load(local_tokens_ptr), 0), W, False)
     payloads, ok = wait(peers, call, _OP, W, False)
     counts = tl.where((lanes < W) & ok, payloads, 0).to(tl.int32)
