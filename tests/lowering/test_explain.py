@@ -43,12 +43,12 @@ graph 0:
   elide_barriers: 8 done, 8 refused
     + with_effects: no reuse wait; the group's last op before this graph met all ranks
     + with_effects_1: no reuse wait; the group's last op before this graph met all ranks
-    + with_effects_9: no reuse wait; its slot was with_effects's, and with_effects_1 met all ranks
-    + with_effects_4: no reuse wait; its slot was with_effects_1's, and with_effects_9 met all ranks
-    + with_effects_10: no reuse wait; its slot was with_effects_9's, and with_effects_4 met all ranks
-    + with_effects_6: no reuse wait; its slot was with_effects_4's, and with_effects_10 met all ranks
-    + with_effects_7: no reuse wait; its slot was with_effects_10's, and with_effects_6 met all ranks
-    + with_effects_11: no reuse wait; its slot was with_effects_6's, and with_effects_7 met all ranks
+    + with_effects_9: no reuse wait; its slot was with_effects's, and with_effects_1 met all ranks since
+    + with_effects_4: no reuse wait; its slot was with_effects_1's, and with_effects_9 met all ranks since
+    + with_effects_10: no reuse wait; its slot was with_effects_9's, and with_effects_4 met all ranks since
+    + with_effects_6: no reuse wait; its slot was with_effects_4's, and with_effects_10 met all ranks since
+    + with_effects_7: no reuse wait; its slot was with_effects_10's, and with_effects_6 met all ranks since
+    + with_effects_11: no reuse wait; its slot was with_effects_6's, and with_effects_7 met all ranks since
     - with_effects: arrival: metadata_update reads the counts of all ranks, written in this call
     - with_effects_1: arrival: agv_dispatch reads the rows of all ranks, written in this call
     - with_effects_9: arrival: fused_moe_combine reads the partial sums of all ranks, written in this call
