@@ -7,6 +7,7 @@ On a CPU ``test_transports.py`` runs them over gloo and over the emulated kernel
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import sys
@@ -209,7 +210,8 @@ def main() -> None:
     """Every check on the GPUs that torchrun gave, p2p and nccl, a line each."""
     rank = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    faulthandler.dump_traceback_later(90, repeat=True)  # a hang must say where
+    dist.init_process_group("nccl")  # no device_id: it would split communicators for the smaller group, which hung
     common: list[Callable[[Setup], None]] = [check_random_rounds, check_fp32_order, check_two_calls_keep_results]
     kernels = [check_graph_replays, check_overlapping_groups, check_count_over_capacity, check_missing_rank]
     failures = 0
