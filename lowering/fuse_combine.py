@@ -90,11 +90,10 @@ class FuseCombine:
     def run(self, graph: Graph, rounding: str = "compiled") -> Outcome:
         """Join what can be joined; refusals say why an add stays."""
         outcome = Outcome(self.name)
-        round_each = rounding == "eager" or torch_compat.rounds_every_step()
         for combine in effect_ops(graph, "rsv_combine"):
             match = self._match(combine, rounding, outcome)
             if match is not None:
-                outcome.done.append(match.replace(round_each))
+                outcome.done.append(match.replace(rounding == "eager" or _rounds_every_step(match.last)))
         return outcome
 
     def _match(self, combine: EffectOp, rounding: str, outcome: Outcome) -> CombineEpilogue | None:
@@ -133,7 +132,7 @@ def _take(match: CombineEpilogue, step: Node, rounding: str) -> str | None:
     elif step.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(step.args[1], int | float):
         if match.addends or match.scale != 1.0:
             return "a scaling joins only before the first add"
-        if rounding == "compiled" and not torch_compat.rounds_every_step():
+        if rounding == "compiled" and not _rounds_every_step(step):
             return "Inductor contracts this product with what follows; only rounding='eager' has one meaning for it"
         match.scale = float(step.args[1])
     elif step.target is prims.convert_element_type.default:
@@ -189,6 +188,10 @@ def _is_pointwise(node: Node) -> bool:
 def _only_user(node: Node) -> Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def _rounds_every_step(node: Node) -> bool:
+    return torch_compat.rounds_every_step(node.meta["val"].device.type)
 
 
 def _dtype(node: Node) -> torch.dtype:

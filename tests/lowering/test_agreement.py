@@ -32,12 +32,12 @@ def test_the_check_comes_first_in_the_chain():
         text(module.graph),
         """\
 _make_token_default = prims._make_token()
-with_effects_2 = !agree(_make_token_default, arg1_1, 'metadata_update(); rsv_combine(expert_output=bfloat16[8,32])', 'local')
+with_effects_2 = !agree(_make_token_default, in0, 'metadata_update(); rsv_combine(expert_output=bfloat16[8,32])', 'local')
 getitem_4 = with_effects_2[0]
-with_effects = !metadata_update(getitem_4, arg1_1, 'local')
+with_effects = !metadata_update(getitem_4, in0, 'local')
 getitem = with_effects[0]
 getitem_1 = with_effects[1]
-with_effects_1 = !rsv_combine(getitem, arg2_1, arg1_1, getitem_1, 8, 'local')
+with_effects_1 = !rsv_combine(getitem, in1, in0, getitem_1, 8, 'local')
 getitem_2 = with_effects_1[0]
 getitem_3 = with_effects_1[1]
 return (getitem_3)""",  # noqa: E501

@@ -88,10 +88,10 @@ def test_both_adds_join():
         graph,
         """\
 _make_token_default = prims._make_token()
-with_effects = !metadata_update(_make_token_default, arg1_1, 'local')
+with_effects = !metadata_update(_make_token_default, in0, 'local')
 getitem = with_effects[0]
 getitem_1 = with_effects[1]
-with_effects_2 = !rsv_combine_add(getitem, arg2_1, arg1_1, getitem_1, 8, [arg3_1, arg4_1], 'local', scale=1.0, round_each=False, out_dtype=None)
+with_effects_2 = !rsv_combine_add(getitem, in1, in0, getitem_1, 8, [in2, in3], 'local', scale=1.0, round_each=False, out_dtype=None)
 getitem_4 = with_effects_2[0]
 getitem_5 = with_effects_2[1]
 return (getitem_5)""",  # noqa: E501

@@ -23,16 +23,16 @@ def test_the_second_update_reads_the_first():
         text(module.graph),
         """\
 _make_token_default = prims._make_token()
-with_effects = !metadata_update(_make_token_default, arg1_1, 'local')
+with_effects = !metadata_update(_make_token_default, in0, 'local')
 getitem = with_effects[0]
 getitem_1 = with_effects[1]
-with_effects_1 = !rsv_combine(getitem, arg2_1, arg1_1, getitem_1, 8, 'local')
+with_effects_1 = !rsv_combine(getitem, in1, in0, getitem_1, 8, 'local')
 getitem_2 = with_effects_1[0]
 getitem_3 = with_effects_1[1]
-with_effects_2 = !metadata_update(getitem_2, arg1_1, 'local')
+with_effects_2 = !metadata_update(getitem_2, in0, 'local')
 getitem_4 = with_effects_2[0]
 getitem_5 = with_effects_2[1]
-with_effects_3 = !rsv_combine(getitem_4, getitem_3, arg1_1, getitem_5, 8, 'local')
+with_effects_3 = !rsv_combine(getitem_4, getitem_3, in0, getitem_5, 8, 'local')
 getitem_6 = with_effects_3[0]
 getitem_7 = with_effects_3[1]
 return (getitem_7)""",
@@ -44,13 +44,13 @@ return (getitem_7)""",
         text(module.graph),
         """\
 _make_token_default = prims._make_token()
-with_effects = !metadata_update(_make_token_default, arg1_1, 'local')
+with_effects = !metadata_update(_make_token_default, in0, 'local')
 getitem = with_effects[0]
 getitem_1 = with_effects[1]
-with_effects_1 = !rsv_combine(getitem, arg2_1, arg1_1, getitem_1, 8, 'local')
+with_effects_1 = !rsv_combine(getitem, in1, in0, getitem_1, 8, 'local')
 getitem_2 = with_effects_1[0]
 getitem_3 = with_effects_1[1]
-with_effects_3 = !rsv_combine(getitem_2, getitem_3, arg1_1, getitem_1, 8, 'local')
+with_effects_3 = !rsv_combine(getitem_2, getitem_3, in0, getitem_1, 8, 'local')
 getitem_6 = with_effects_3[0]
 getitem_7 = with_effects_3[1]
 return (getitem_7)""",
