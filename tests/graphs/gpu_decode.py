@@ -2,8 +2,10 @@
 
     torchrun --nproc-per-node 2 tests/graphs/gpu_decode.py
 
-Two loops over one model, one compiled, one eager. Before every step the eager loop takes over the compiled
-one's state, so that both answer the same question and a rounding cannot feed on itself.
+Three loops over one model: captured (what users run), compiled but not captured, eager. Before every look the
+other two take over the captured one's state, so that all answer the same question and a rounding cannot feed on
+itself. Replays must equal the uncaptured run bit for bit. Eager rounds elsewhere, which now and then makes a router
+choose another expert: nine rows of ten must agree, with Inductor told to round where eager does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -26,8 +29,8 @@ from tests.tolerances import MODEL_BF16_OVER_PLAIN, relative_error
 
 REPLAYS, LOOK_EVERY = 200, 10
 BATCH, PROMPT = 4, 5
-# Eager rounds every intermediate to bf16 and Inductor does not; logits are sums of H = 128 products of such values.
-LOGITS_RELATIVE_ERROR = 2e-2
+LOGITS_RELATIVE_ERROR = 2e-2  # a few bf16 roundings (4e-3 each) through two layers
+ROWS_WITHIN = 0.9
 
 
 class Recorder(nn.Module):
@@ -54,6 +57,7 @@ def take_over(target: graphs.DecodeLoop, source: graphs.DecodeLoop) -> None:
             if isinstance(value, Tensor):
                 getattr(mine, name).copy_(value)
     target.length, target.generated = source.length, source.generated
+    target.set_live(source.live)
 
 
 def check_family(family: str, rank: int, folder: Path) -> str:
@@ -63,41 +67,40 @@ def check_family(family: str, rank: int, folder: Path) -> str:
     )
     ours_over_plain = bf16_errors(family)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    recorders = [Recorder(vocabulary), Recorder(vocabulary)]
     sizes = {"batch": BATCH, "max_len": PROMPT + REPLAYS + 8}
     meter = CompileMeter()
-    compiled, eager = (
-        graphs.DecodeLoop(model, sampler=recorder, compile=compile, **sizes)
-        for recorder, compile in zip(recorders, (True, False), strict=True)
-    )
-    for loop in (compiled, eager):
+    recorders = [Recorder(vocabulary) for _ in range(3)]
+    options = ({}, {"backend": "inductor"}, {"compile": False})
+    loops = [graphs.DecodeLoop(model, sampler=r, **sizes, **o) for r, o in zip(recorders, options, strict=True)]
+    for loop in loops:
         loop.prefill(prompts_of((PROMPT,) * BATCH, seed=rank))
-    compiled.run(4)
+        loop.run(4)
+    captured, *others = loops
     meter.warm()
-    errors = []
+    errors: list[float] = []
     for step in range(REPLAYS):
         live = (step // LOOK_EVERY + step + rank) % (BATCH + 1)
-        compiled.set_live(live)
+        captured.set_live(live)
         look = step % LOOK_EVERY == 0
+        for other in others if look else ():
+            take_over(other, captured)
+        captured.run(1)
+        for other in others if look else ():
+            other.run(1)
         if look:
-            take_over(eager, compiled)
-        compiled.run(1)
-        if look:
-            eager.run(1)
-            got, want = (recorder.logits[:live] for recorder in recorders)
-            if live:
-                assert want.norm() > 0 and want.isfinite().all()
-                errors.append(relative_error(got, want))
+            got, same, want = (recorder.logits for recorder in recorders)
+            assert torch.equal(got, same), f"step {step}: the replay differs from the uncaptured run"
+            errors += [relative_error(g, w) for g, w in zip(got[:live], want[:live], strict=True)]
+            assert not live or want[:live].norm() > 0
     stats = meter.read()
     assert stats.cuda_graphs == 1, stats
     assert (stats.graph_breaks, stats.recompiles) == (0, 0), stats
-    worst = max(errors)
-    assert len(errors) >= REPLAYS // LOOK_EVERY // 2, len(errors)
-    assert worst < LOGITS_RELATIVE_ERROR, worst
+    within = sum(error < LOGITS_RELATIVE_ERROR for error in errors) / len(errors)
+    assert len(errors) >= REPLAYS // LOOK_EVERY and within >= ROWS_WITHIN, sorted(errors)
     assert ours_over_plain < MODEL_BF16_OVER_PLAIN, ours_over_plain
     return (
-        f"{ours_over_plain:.2f} x the bf16 error of plain eager; {REPLAYS} replays of {stats.cuda_graphs} CUDA graph, "
-        f"logits within {worst:.1e} of eager ({len(errors)} looks)"
+        f"{stats.cuda_graphs} CUDA graph, {REPLAYS} replays, equal to uncaptured; eager: {within:.0%} of {len(errors)} "
+        f"rows within {LOGITS_RELATIVE_ERROR}; bf16 error {ours_over_plain:.2f} x that of plain Hugging Face"
     )
 
 
@@ -120,6 +123,7 @@ def main() -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", rank))
     failed = 0
+    torch._inductor.config.emulate_precision_casts = True
     with tempfile.TemporaryDirectory() as own:
         shared = [own]
         dist.broadcast_object_list(shared)
