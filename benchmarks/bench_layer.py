@@ -274,6 +274,7 @@ def main(
                     if rank == 0:
                         print(json.dumps(lines[-1]), flush=True)
         ws.check()
+        ws.close()
         del stack
     if rank == 0 and lines:
         report(lines, out)

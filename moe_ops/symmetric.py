@@ -201,7 +201,7 @@ def reset(channel: Channel, epoch: int = 0) -> None:
     channel.record.zero_()
     channel.state.fill_(epoch)
     channel.state[:1].zero_()
-    tag = ((epoch + (1 << 31)) % (1 << 32)) - (1 << 31)
+    tag = epoch % (1 << 31)  # what a rank that has not arrived left; the next bit means that it gave up
     words = channel.buffer.local[: channel.layout.signal_bytes].view(torch.int64)
     words.fill_(tag << 32)
     if channel.state.is_cuda:

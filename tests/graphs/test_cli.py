@@ -129,14 +129,19 @@ def test_comparison_finds_one_wrong_token():
 
 
 class FixedLogits(torch.nn.Module):
-    """A model whose tokens 0 and 1 are one rounding apart, and token 2 clearly worse, at every position."""
+    """In half precision token 0 wins by a rounding that fp32 does not see; token 2 is clearly worse, everywhere."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype, self.device = dtype, torch.device("cpu")
 
+    def float(self) -> "FixedLogits":
+        self.dtype = torch.float32
+        return self
+
     def forward(self, ids: torch.Tensor) -> SimpleNamespace:
-        logits = torch.tensor([8.0, 8.0 * (1 - torch.finfo(self.dtype).eps), 7.0], dtype=self.dtype)
+        first = 8.0 if self.dtype == torch.float32 else 8.0625
+        logits = torch.tensor([first, 8.0, 7.0], dtype=self.dtype)
         return SimpleNamespace(logits=logits.expand(*ids.shape, 3))
 
     def generate(self, ids: torch.Tensor, max_new_tokens: int, **_: object) -> torch.Tensor:
@@ -144,9 +149,9 @@ class FixedLogits(torch.nn.Module):
 
 
 def test_comparison_forgives_a_rounding_in_half_precision_but_no_error():
-    half = FixedLogits(torch.bfloat16)
-    assert verify.compare(half, [[1]], [[0, 1, 0]]) == verify.Comparison(2, 3, None)
-    assert verify.compare(half, [[1]], [[0, 2, 0]]).mismatch == "prompt 0, token 1: 2, the reference chose 0"
+    assert verify.compare(FixedLogits(torch.bfloat16), [[1]], [[0, 1, 0]]) == verify.Comparison(2, 3, None)
+    wrong = verify.compare(FixedLogits(torch.bfloat16), [[1]], [[0, 2, 0]]).mismatch
+    assert wrong is not None and wrong.startswith("prompt 0, token 1: 2, the reference chose 0")
     assert verify.compare(FixedLogits(torch.float32), [[1]], [[0, 1, 0]]).mismatch is not None
 
 

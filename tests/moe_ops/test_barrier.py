@@ -120,7 +120,7 @@ def test_a_late_rank_learns_that_the_others_went_on_without_it():
 
 @pytest.mark.parametrize("epoch", [2**31 - 3, 2**32 - 3, 2**33 - 2])
 def test_epochs_wrap_around(epoch: int):
-    """Tags are 32 bits wide; a wait compares them by signed distance."""
+    """Tags are 31 bits wide; a wait takes the one it expects and no other."""
     steps = ("metadata", "dispatch", "combine", "combine", "metadata", "dispatch")
     run_ranks(2, check_shapes, [Shape((2, 1), rows=2)], steps, epoch)
 

@@ -69,7 +69,9 @@ def hf_experts(model: str):
     name, sizes, form = {
         "mixtral": ("MixtralExperts", {"num_local_experts": 4, "intermediate_size": 24, "hidden_act": "silu"}, {}),
         "gpt_oss": (
-            "GptOssExperts", {"num_local_experts": 4, "intermediate_size": 24},
+            "GptOssExperts",
+            # the last two are constants in transformers 5.17, read from the configuration since 5.23
+            {"num_local_experts": 4, "intermediate_size": 24, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
             {"activation": "swiglu_oai", "alpha": 1.702, "limit": 7.0, "transposed": True, "interleaved": True},
         ),
         "deepseek_v4": (
