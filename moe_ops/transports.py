@@ -133,10 +133,21 @@ def multicast_supported(device: torch.device) -> bool:
     return bool(_SymmetricMemory.has_multicast_support(DeviceType.CUDA, device.index or 0))
 
 
+_rendezvous_calls = 0
+
+
+def rendezvous_calls() -> int:
+    """Symmetric buffers that this process has set up. torch numbers them per process, not per group (seen on 2.11):
+    between ranks whose numbers differ its rendezvous waits for ever."""
+    return _rendezvous_calls
+
+
 def allocate_symmetric(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> SymmetricBuffer:
     """``nbytes`` of zeroed symmetric memory on every rank of ``group``; collective."""
     import torch.distributed._symmetric_memory as symm_mem
 
+    global _rendezvous_calls
+    _rendezvous_calls += 1
     try:
         local = symm_mem.empty(nbytes, dtype=torch.uint8, device=device)
         handle = symm_mem.rendezvous(local, group)

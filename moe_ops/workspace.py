@@ -183,6 +183,16 @@ class Workspace:
         assert self.group is not None, "a local workspace has no group"
         return self.group
 
+    def _check_rendezvous(self) -> None:
+        """Raise where torch's rendezvous would wait for ever (``transports.rendezvous_calls``)."""
+        calls = _agree(self._group(), "rendezvous", self.config.timeout_s, transports.rendezvous_calls())
+        if len(set(calls)) > 1:
+            raise TransportError(
+                f"the ranks of group {self.group_name!r} have set up different numbers of symmetric buffers ({calls}), "
+                "which torch cannot join; set up and allocate() the workspaces of larger groups first, or pass "
+                "transport='nccl'."
+            )
+
     def _make_channel(self) -> Channel:
         layout = self.layout
         if self.transport.startswith("emulator"):
@@ -190,6 +200,7 @@ class Workspace:
 
             buffer = make_buffer(self._group(), layout.nbytes, self.config.timeout_s)
         else:
+            self._check_rendezvous()
             buffer = transports.allocate_symmetric(self._group(), layout.nbytes, self.device)
         return make_channel(
             rank=self.rank,

@@ -146,6 +146,7 @@ def check_graph_replays(setup: Setup, replays: int = 1000) -> None:
 def check_overlapping_groups(setup: Setup) -> None:
     """Two workspaces with ranks in common, used in turn."""
     everyone = setup.workspace()
+    everyone.allocate()  # larger groups first: see Workspace._check_rendezvous
     pair = dist.new_group([0, 1])
     if everyone.rank < 2:
         small = Setup(setup.transport, pair, rows=3, hidden_size=16, top_k=2).workspace()
@@ -210,7 +211,7 @@ def main() -> None:
     """Every check on the GPUs that torchrun gave, p2p and nccl, a line each."""
     rank = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(rank)
-    faulthandler.dump_traceback_later(90, repeat=True)  # a hang must say where
+    faulthandler.dump_traceback_later(40, repeat=True)  # a hang must say where
     dist.init_process_group("nccl")  # no device_id: it would split communicators for the smaller group, which hung
     common: list[Callable[[Setup], None]] = [check_random_rounds, check_fp32_order, check_two_calls_keep_results]
     kernels = [check_graph_replays, check_overlapping_groups, check_count_over_capacity, check_missing_rank]

@@ -133,7 +133,9 @@ def test_expected_files_say_what_the_contract_says():
         for kernel in ("dispatch", "combine"):
             assert count(Variant(kernel, False, aligned), store) == count(Variant(kernel, False, aligned), reduce) == 0
     for variant in EXPECTED_VARIANTS:
-        assert count(variant, "trap") == 0 and count(variant, "bar.sync") == 1
+        # the block meets to agree on poison (a single warp need not) and before the release
+        meetings = 1 if variant.kernel == "metadata" else 2
+        assert count(variant, "trap") == 0 and count(variant, "bar.sync") == meetings
         # the signal, the abort (both parities), the headers of two records; one poll before the loop and one in it
         assert count(variant, "st.release.sys.global.b64") == 5
         assert count(variant, "ld.acquire.sys.global.b64") == 2
