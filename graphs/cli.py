@@ -70,6 +70,29 @@ def decode(
 
 
 @app.command()
+def selftest(
+    ranks: Annotated[int | None, typer.Option(min=2, help="Ranks to start; default: one a GPU, else 2.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")] = False,
+) -> None:
+    """Check every transport of this machine against the oracle, bit for bit, and that it moved the data itself."""
+    import torch
+    from rich.console import Console
+
+    from . import launch
+    from . import selftest as checks
+
+    device, ranks = choose_device(device, ranks or max(torch.cuda.device_count(), 2), None)
+    with launch.stdout_kept_clean() as stdout:
+        with Console(stderr=True).status("starting") as status:
+            verdicts = checks.run(device, ranks, lambda name: status.update(f"{name}: {ranks} ranks on {device}"))
+        report = checks.as_dict(ranks, verdicts)
+        os.write(stdout, (json.dumps(report) + "\n" if as_json else checks.as_table(ranks, verdicts)).encode())
+    if not report["passed"]:
+        sys.exit(1)
+
+
+@app.command()
 def tune(
     experts: Annotated[int, typer.Option(min=1, help="Experts of a layer, over all ranks.")],
     top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")],
