@@ -178,7 +178,8 @@ def _counts(world_size: int, rows: int, seed: int) -> tuple[int, ...]:
 
 
 def _poison(channel: Channel | None) -> None:
-    """Fill own slots, and let all ranks meet before anybody pushes. Nobody is still pushing: all left a barrier."""
+    """Fill own slots: not before all ranks have read the last round's sums there, and before anybody pushes again."""
+    dist.barrier()
     if channel is not None:
         channel.buffer.local[channel.layout.dispatch_offset :].fill_(POISON)
         if channel.buffer.local.is_cuda:
