@@ -12,7 +12,8 @@ import torch
 
 from graphs import cli, selftest
 from graphs.launch import Emit
-from moe_ops import collectives, dispatch, get_workspace, reference, selfcheck
+from moe_ops import collectives, dispatch, reference, selfcheck
+from moe_ops.workspace import resolve
 
 KEYS = ["transport", "reason", "rounds", "passed", "problem", "bytes_moved"]
 ROW_BYTES = {40: 80 + 32 + 32, 129: 272 + 32 + 32}  # hidden, ids and weights of a bf16 row, in chunks of 16
@@ -65,7 +66,7 @@ def with_wrong_bit(rank: int, ranks: int, transport: str, emit: Emit) -> Any:
 def with_idle_transport(rank: int, ranks: int, transport: str, emit: Emit) -> Any:
     """Right results, but by gloo: nobody writes to a peer's memory."""
     name = torch.distributed.group.WORLD.group_name
-    dispatch.launch_dispatch = lambda channel, *tensors: collectives.agv_dispatch(get_workspace(name), *tensors)
+    dispatch.launch_dispatch = lambda channel, *tensors: collectives.agv_dispatch(resolve(name, "test"), *tensors)
     return _run_rank(rank, ranks, transport, emit)
 
 
