@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from graphs import cli, selftest
 from graphs.launch import Emit
@@ -65,7 +66,7 @@ def with_wrong_bit(rank: int, ranks: int, transport: str, emit: Emit) -> Any:
 
 def with_idle_transport(rank: int, ranks: int, transport: str, emit: Emit) -> Any:
     """Right results, but by gloo: nobody writes to a peer's memory."""
-    name = torch.distributed.group.WORLD.group_name
+    name = distributed_c10d._get_default_group().group_name
     dispatch.launch_dispatch = lambda channel, *tensors: collectives.agv_dispatch(resolve(name, "test"), *tensors)
     return _run_rank(rank, ranks, transport, emit)
 
