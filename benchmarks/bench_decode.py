@@ -1,0 +1,308 @@
+"""A whole decode step of Qwen3-30B-A3B's dimensions: ours against transformers' compiled ``grouped_mm``, in one run.
+
+    python benchmarks/bench_decode.py --profile --csv decode.csv --plot decode.png
+    torchrun --nproc-per-node 4 benchmarks/bench_decode.py --batch 8 --batch 32 --csv decode.csv
+
+Random bf16 weights, the same for both; one CUDA graph a step, from the last token to the next one (greedy). A figure is
+the median over steps that the host enqueues without waiting, between events after each. ``--filled`` tokens of
+``--max-len`` are in the cache at the start. Under torchrun ``--batch`` is a rank's: ours decodes it against experts
+spread over the ranks; transformers' own expert parallelism runs the batches of all ranks on every rank, which gives
+the same number of tokens. Logits are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+from decode_models import Model, Step, build, config_of, shard_as_transformers_does
+from kernel_times import profile
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import graphs
+import lowering  # noqa: F401  its passes run whenever a step is compiled
+from graphs.report import CompileMeter
+
+OURS, THEIRS = "moe_ep", "transformers"
+ROWS_WITHIN = 0.05  # relative error of a row's logits: bf16 roundings through all layers; a flipped route gives more
+MIN_AGREEING = 0.5  # share of rows within that; with other experts or another cache none would be
+
+
+@dataclass
+class Line:
+    """One row of the table; ``batch`` per rank, ``tokens_per_s`` over all ranks."""
+
+    model: str
+    layers: int
+    ranks: int
+    batch: int
+    max_len: int
+    filled: int
+    variant: str
+    step_ms: float
+    tokens_per_s: float
+    times_faster: float | None  # than transformers in this run
+    cuda_graphs: int
+    compile_s: float
+    rows_agreeing: float | None  # with transformers' logits
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one comparison runs."""
+
+    model: str
+    layers: int
+    batch: int
+    max_len: int
+    filled: int
+
+
+class Runner:
+    """One variant of one case: compiled, checked, timed."""
+
+    def __init__(self, variant: str, model: Model, case: Case, batch: int, seed: int, backend: str | None):
+        self.variant, self.case = variant, case
+        self.step = Step(model, batch, case.max_len, seed)
+        torch._dynamo.reset()
+        options = {"backend": backend} if backend else {"mode": "reduce-overhead"}
+        self.call: Callable[[], None] = torch.compile(self.step, fullgraph=True, dynamic=False, **options)
+
+    def start(self) -> Tensor:
+        """Compile and capture; returns the first step's logits (B, V)."""
+        meter, began = CompileMeter(), time.perf_counter()
+        self.step.fill(self.case.filled)
+        self.advance(1)
+        logits = self.step.logits.clone()
+        self.advance(3)
+        self.compile_s, self.cuda_graphs = time.perf_counter() - began, meter.read().cuda_graphs
+        return logits
+
+    @torch.no_grad()
+    def advance(self, steps: int) -> None:
+        """Run ``steps`` steps and wait for them."""
+        for _ in range(steps):
+            self.call()
+        _wait()
+
+    @torch.no_grad()
+    def step_ms(self, steps: int) -> float:
+        """Median time of a step, of the slowest rank."""
+        self.step.fill(self.case.filled)
+        self.advance(3)
+        if dist.is_initialized():
+            dist.barrier()
+        times = _gpu_times(self.call, steps) if torch.cuda.is_available() else _cpu_times(self.call, steps)
+        worst = torch.tensor([statistics.median(times)], device=self.step.tokens.device)
+        if dist.is_initialized():
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return worst.item()
+
+
+def _gpu_times(call: Callable[[], None], steps: int) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False)]
+
+
+def _cpu_times(call: Callable[[], None], steps: int) -> list[float]:
+    stamps = [time.perf_counter()]
+    for _ in range(steps):
+        call()
+        stamps.append(time.perf_counter())
+    return [1e3 * (second - first) for first, second in zip(stamps, stamps[1:], strict=False)]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def agreement(got: Tensor, wanted: Tensor) -> float:
+    """Share of rows whose logits are within ``ROWS_WITHIN``; raises where too few are."""
+    errors = (got.float() - wanted.float()).norm(dim=1) / wanted.float().norm(dim=1)
+    share = (errors < ROWS_WITHIN).float().mean().item()
+    if share < MIN_AGREEING:
+        raise AssertionError(f"{share:.0%} of the rows agree with transformers; errors {errors.sort().values.tolist()}")
+    return share
+
+
+def prepare(variant: str, model: Model, case: Case) -> None:
+    """Make ``model`` what ``variant`` runs; ours for good, as its experts stay sharded."""
+    if variant == THEIRS:
+        model.set_experts_implementation("grouped_mm")
+        return
+    if graphs.expert_parallel_state(model) is None:
+        graphs.shard_experts(model, max_tokens_per_rank=max(case.batch, 64), timeout_s=60.0)
+    state = graphs.expert_parallel_state(model)
+    assert state is not None
+    state.live.fill_(case.batch)
+    state.declare_batch(case.batch, case.batch)
+
+
+def compare(case: Case, models: dict[str, Model], steps: int, backend: str | None, report: Path | None) -> list[Line]:
+    """Both variants of one case, theirs first."""
+    ranks, rank = _ranks()
+    lines: list[Line] = []
+    wanted: Tensor | None = None
+    for variant, model in models.items():
+        prepare(variant, model, case)
+        batch, seed = (case.batch, rank) if variant == OURS else (case.batch * ranks, 0)
+        runner = Runner(variant, model, case, batch, seed, backend)
+        take_batches_of_all_ranks(runner, case.batch)
+        logits = runner.start()
+        mine = slice(rank * case.batch, (rank + 1) * case.batch)
+        share = None
+        if variant == THEIRS:
+            wanted = logits[mine]
+        elif wanted is not None:
+            share = agreement(logits, wanted)
+        ms = runner.step_ms(steps)
+        lines.append(
+            Line(
+                case.model, case.layers, ranks, case.batch, case.max_len, case.filled, variant, round(ms, 4),
+                round(case.batch * ranks / ms * 1e3, 1), round(lines[0].step_ms / ms, 3) if lines else None,
+                runner.cuda_graphs, round(runner.compile_s, 1), share,
+            )
+        )  # fmt: skip
+        if rank == 0:
+            print(lines[-1], flush=True)
+        if report is not None:
+            write_profile(runner, report / f"profile_w{ranks}_b{case.batch}_l{case.max_len}_{variant}.txt")
+        del runner
+    return lines
+
+
+def take_batches_of_all_ranks(runner: Runner, batch: int) -> None:
+    """Give transformers' replicated batch the tokens and caches that the ranks of ours have, rank by rank."""
+    step = runner.step
+    if step.tokens.shape[0] == batch:
+        return
+    for rank in range(step.tokens.shape[0] // batch):
+        theirs, rows = Step(step.model, batch, runner.case.max_len, rank), slice(rank * batch, (rank + 1) * batch)
+        step.tokens[rows], step._start[rows] = theirs.tokens, theirs.tokens
+        for layer, source in zip(step.cache.layers, theirs.cache.layers, strict=True):
+            layer.keys[rows], layer.values[rows] = source.keys, source.values
+
+
+def write_profile(runner: Runner, path: Path) -> None:
+    """Kernel groups of a replay on rank 0's terminal, single kernels in ``path``."""
+    if not torch.cuda.is_available():
+        return
+    runner.step.fill(runner.case.filled)
+    with torch.no_grad():
+        found = profile(runner.call)
+    if _ranks()[1] == 0:
+        kernels = "\n".join(f"{us:9.1f} us {count:6.1f} x {name[:150]}" for name, us, count in found.kernels)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{runner.variant} {runner.case}\n{found.text()}\n\n{kernels}\n")
+        print(f"-- {runner.variant} {runner.case}\n{found.text()}", flush=True)
+
+
+def _ranks() -> tuple[int, int]:
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def start_ranks() -> torch.device:
+    """Join the others under torchrun; returns this rank's device."""
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def show(lines: list[Line], csv_path: Path | None, plot_path: Path | None) -> None:
+    """A table on the terminal; rows appended to the CSV; a plot of all of the CSV's rows."""
+    table = Table(*(field.name for field in fields(Line)))
+    for line in lines:
+        table.add_row(*map(str, asdict(line).values()))
+    Console(width=200).print(table)
+    if csv_path is not None:
+        new = not csv_path.exists()
+        csv_path.parent.mkdir(parents=True, exist_ok=True)
+        with csv_path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Line)])
+            if new:
+                writer.writeheader()
+            writer.writerows(map(asdict, lines))
+    if plot_path is not None:
+        plot(lines, plot_path)
+
+
+def plot(lines: list[Line], path: Path) -> None:
+    """Step time over batch, one curve a variant and cache length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for key in sorted({(line.ranks, line.max_len, line.variant) for line in lines}):
+        curve = [line for line in lines if (line.ranks, line.max_len, line.variant) == key]
+        label = f"{key[2]}, {key[0]} GPU, cache {key[1]}"
+        axes.plot([line.batch for line in curve], [line.step_ms for line in curve], marker="o", label=label)
+    axes.set(xlabel="sequences a rank", ylabel="ms a decode step", xscale="log", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main(
+    batch: Annotated[list[int] | None, typer.Option(help="sequences a rank; may repeat")] = None,
+    max_len: Annotated[list[int] | None, typer.Option(help="tokens that the cache holds; may repeat")] = None,
+    filled: Annotated[float, typer.Option(help="share of the cache that is filled at the start")] = 0.5,
+    model: str = "qwen3-30b-a3b",
+    layers: int = 12,
+    steps: int = 60,
+    with_profile: Annotated[Path | None, typer.Option("--profile", help="write kernel times into this folder")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="append the rows here")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot")] = None,
+    minutes: Annotated[float, typer.Option(help="start no new case after this")] = 10.0,
+    backend: Annotated[str | None, typer.Option(help="instead of Inductor with CUDA graphs, for a dry run")] = None,
+) -> None:
+    """Print a table of step times; every row is checked against transformers' logits first."""
+    began, device = time.monotonic(), start_ranks()
+    ranks, rank = _ranks()
+    lengths, lines = max_len or [512], []
+    config = config_of(model, layers, 2 * max(lengths))
+    with torch.no_grad():
+        models = {THEIRS: build(config, device), OURS: build(config_of(model, layers, 2 * max(lengths)), device)}
+        if ranks > 1:
+            shard_as_transformers_does(models[THEIRS])
+    for length in lengths:
+        for size in batch or [1, 16, 64]:
+            late = torch.tensor([float(time.monotonic() - began > 60 * minutes)], device=device)
+            if ranks > 1:
+                dist.all_reduce(late)
+            if late.item():
+                continue
+            case = Case(model, layers, size, length, int(length * filled))
+            lines += compare(case, models, steps, backend, with_profile)
+    if rank == 0:
+        show(lines, csv_path, plot_path)
+    if ranks > 1:
+        dist.barrier()
+        os._exit(0)  # NCCL work captured in graphs can hang its own shutdown
+
+
+if __name__ == "__main__":
+    typer.run(main)
