@@ -13,6 +13,7 @@ the same number of tokens. Logits are compared before anything is timed.
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import statistics
 import time
@@ -117,7 +118,7 @@ def _gpu_times(call: Callable[[], None], steps: int) -> list[float]:
         call()
         event.record()
     torch.cuda.synchronize()
-    return [first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False)]
+    return [first.elapsed_time(second) for first, second in itertools.pairwise(events)]
 
 
 def _cpu_times(call: Callable[[], None], steps: int) -> list[float]:
@@ -125,7 +126,7 @@ def _cpu_times(call: Callable[[], None], steps: int) -> list[float]:
     for _ in range(steps):
         call()
         stamps.append(time.perf_counter())
-    return [1e3 * (second - first) for first, second in zip(stamps, stamps[1:], strict=False)]
+    return [1e3 * (second - first) for first, second in itertools.pairwise(stamps)]
 
 
 def _wait() -> None:

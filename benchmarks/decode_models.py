@@ -1,4 +1,4 @@
-"""One decode step of a Hugging Face MoE model, whole in one graph, with the experts and attention it is asked to use."""
+"""One decode step of a Hugging Face MoE model, whole in one graph, with the experts it is asked to use."""
 
 from __future__ import annotations
 
