@@ -33,6 +33,7 @@ from torch import Tensor
 
 import graphs
 import lowering  # noqa: F401  its passes run whenever a step is compiled
+from graphs.attention import use_decode_attention
 from graphs.report import CompileMeter
 
 OURS, THEIRS = "moe_ep", "transformers"
@@ -143,26 +144,30 @@ def agreement(got: Tensor, wanted: Tensor) -> float:
     return share
 
 
-def prepare(variant: str, model: Model, case: Case) -> None:
+def prepare(variant: str, model: Model, case: Case, attention: bool) -> None:
     """Make ``model`` what ``variant`` runs; ours for good, as its experts stay sharded."""
     if variant == THEIRS:
         model.set_experts_implementation("grouped_mm")
         return
     if graphs.expert_parallel_state(model) is None:
         graphs.shard_experts(model, max_tokens_per_rank=max(case.batch, 64), timeout_s=60.0)
+        if attention:
+            use_decode_attention(model)
     state = graphs.expert_parallel_state(model)
     assert state is not None
     state.live.fill_(case.batch)
     state.declare_batch(case.batch, case.batch)
 
 
-def compare(case: Case, models: dict[str, Model], steps: int, backend: str | None, report: Path | None) -> list[Line]:
+def compare(
+    case: Case, models: dict[str, Model], steps: int, backend: str | None, report: Path | None, attention: bool
+) -> list[Line]:
     """Both variants of one case, theirs first."""
     ranks, rank = _ranks()
     lines: list[Line] = []
     wanted: Tensor | None = None
     for variant, model in models.items():
-        prepare(variant, model, case)
+        prepare(variant, model, case, attention)
         batch, seed = (case.batch, rank) if variant == OURS else (case.batch * ranks, 0)
         runner = Runner(variant, model, case, batch, seed, backend)
         take_batches_of_all_ranks(runner, case.batch)
@@ -278,6 +283,7 @@ def main(
     csv_path: Annotated[Path | None, typer.Option("--csv", help="append the rows here")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot")] = None,
     minutes: Annotated[float, typer.Option(help="start no new case after this")] = 10.0,
+    attention: Annotated[bool, typer.Option(help="ours with its own decode attention, else with sdpa")] = True,
     backend: Annotated[str | None, typer.Option(help="instead of Inductor with CUDA graphs, for a dry run")] = None,
 ) -> None:
     """Print a table of step times; every row is checked against transformers' logits first."""
@@ -297,7 +303,7 @@ def main(
             if late.item():
                 continue
             case = Case(model, layers, size, length, int(length * filled))
-            lines += compare(case, models, steps, backend, with_profile)
+            lines += compare(case, models, steps, backend, with_profile, attention)
     if rank == 0:
         show(lines, csv_path, plot_path)
     if ranks > 1:

@@ -16,7 +16,7 @@ GROUPS = (
     ("communication", r"nccl|_dispatch_kernel|_combine_kernel|_combine_add_kernel|_metadata_kernel"),
     ("experts", r"gate_up_(few|many)_kernel|down_(few|many)_kernel|topk_sum_kernel|_align_kernel|_count_kernel|"
                 r"_scatter_kernel|GroupProblemShape|grouped|Grouped"),
-    ("attention", r"fmha|flash|attention|cudnn|_decode_kernel|_merge_kernel|_write_cache_kernel"),
+    ("attention", r"fmha|flash|attention|cudnn|_attend_kernel|_merge_kernel"),
     ("sampling", r"argmax|multinomial"),
     ("router", r"softmax|topk|TopK|bitonic"),
     ("sorting", r"[Ss]ort|histc|kernelHistogram|cub::|radix|scan"),

@@ -79,6 +79,33 @@ def register_experts(name: str, function: Callable) -> None:
     hf_moe.ALL_EXPERTS_FUNCTIONS.register(name, function)
 
 
+def register_attention(name: str, function: Callable) -> None:
+    """Make ``function`` an attention implementation that is given the masks of ``sdpa``; again is a no-op."""
+    transformers.AttentionInterface.register(name, function)
+    transformers.AttentionMaskInterface.register(name, transformers.AttentionMaskInterface()["sdpa"])
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[Any, None]:
+    """transformers' own ``sdpa`` attention."""
+    return transformers.AttentionInterface()["sdpa"](*args, **kwargs)
+
+
+def attention_name(model: Model) -> str:
+    """The attention implementation that a model is set to."""
+    return model.config._attn_implementation
+
+
+def runs_plain_sdpa(model: Model) -> bool:
+    """Whether a model runs ``sdpa`` and would run another implementation the same way.
+
+    Some models ask for the implementation's name to prepare masks of their own (sparse attention): left alone.
+    """
+    if attention_name(model) != "sdpa":
+        return False
+    source = inspect.getsource(inspect.getmodule(type(model)) or type(model))
+    return re.search(r"_attn_implementation (==|!=|in|not in) ", source) is None
+
+
 def activation_name(act_fn: object) -> str | None:
     """Name in ``fused_moe`` of an activation, None if it has none. Traced by ``torch.compile``."""
     for known, name in _ACTIVATIONS:
