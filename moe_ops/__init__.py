@@ -4,7 +4,18 @@ Importing this package registers the ops and does nothing else; it needs no GPU,
 process group. ``init_workspace`` sets up what the communication ops of a group use.
 """
 
-from . import align, combine, combine_add, dispatch, errors, fused_moe, metadata, moe_combine
+from . import (
+    align,
+    combine,
+    combine_add,
+    dispatch,
+    errors,
+    expert_linear,
+    fused_moe,
+    metadata,
+    moe_combine,
+    topk_sum,
+)
 from .workspace import BufferInfo, Workspace, get_workspace, init_workspace
 
 __all__ = [
@@ -15,10 +26,12 @@ __all__ = [
     "combine_add",
     "dispatch",
     "errors",
+    "expert_linear",
     "fused_moe",
     "get_workspace",
     "init_workspace",
     "metadata",
     "moe_combine",
+    "topk_sum",
 ]
 __version__ = "0.1.0"

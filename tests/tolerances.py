@@ -16,6 +16,10 @@ from torch import Tensor
 # fp32: sums of a few thousand products, u = 6e-8 each.
 FUSED_MOE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 
+# The same layer made of expert_linear, a gate and topk_sum: what goes into the gate is rounded, too, and an activation
+# that squares doubles that error: sqrt(3 + 2^2) * 0.4 u, and a third more for chance.
+EXPERT_LINEAR = {torch.bfloat16: 5.5e-3, torch.float16: 1.4e-3, torch.float32: 2e-6}
+
 # Logits of a whole model in bf16, against the same weights in fp32: at most this many times the error that plain
 # Hugging Face eager makes in bf16. Each rounding may also flip a router's choice, on either side, so the two
 # errors differ by chance: measured 0.86 to 1.08 on the five tiny families (256 tokens each); a wrong expert gives 5.
