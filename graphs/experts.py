@@ -26,7 +26,8 @@ class ExpertParallelState(nn.Module):
     write) and its integers as constants rather than graph inputs.
 
     ``batch``: sequences that a forward of this rank holds (None: not declared, all rows are live);
-    ``group_batch``: the largest ``batch`` of any rank. Live sequences come first in the batch.
+    ``group_batch``: the largest ``batch`` of any rank. Live sequences come first in the batch; of their rows only
+    those count that ``counted (T,) bool`` names, if it is given. ``batch_invariant``: see ``fused_moe``.
     """
 
     live: Tensor
@@ -38,12 +39,14 @@ class ExpertParallelState(nn.Module):
         self.max_tokens_per_rank = max_tokens_per_rank
         self.batch: int | None = None
         self.group_batch = 0
+        self.counted: Tensor | None = None
+        self.batch_invariant = False
         self.register_buffer("live", torch.zeros(1, dtype=torch.int32, device=device), persistent=False)
         self.register_buffer("metadata", torch.zeros(3, dtype=torch.int32, device=device), persistent=False)
 
-    def declare_batch(self, batch: int | None, group_batch: int = 0) -> None:
+    def declare_batch(self, batch: int | None, group_batch: int = 0, counted: Tensor | None = None) -> None:
         """Say how many sequences a forward holds, so that only the first ``live`` of them are sent; None: all rows."""
-        self.batch, self.group_batch = batch, group_batch
+        self.batch, self.group_batch, self.counted = batch, group_batch, counted
 
     def check_rows(self, rows: int) -> None:
         """Raise ``CapacityError`` if ``rows`` of hidden states are more than the workspace was set up for."""
@@ -85,6 +88,8 @@ def moe_ep_experts(self: Experts, hidden_states: Tensor, top_k_index: Tensor, to
         out = _run_experts(self, x, top_k_index, top_k_weights, valid)
     else:
         state.check_rows(rows)
+        if state.counted is not None:
+            top_k_index = torch.where(state.counted[:, None], top_k_index, -1)
         run = _run_alone if state.world_size == 1 else _run_sharded
         out = run(self, state, x, top_k_index, top_k_weights)
     return out.to(hidden_states.dtype)
@@ -112,7 +117,7 @@ def _run_sharded(self: Experts, state: ExpertParallelState, x: Tensor, ids: Tens
 
 def _run_experts(self: Experts, x: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor) -> Tensor:
     """This rank's experts on the first ``valid_tokens`` rows of ``x``."""
-    gate = recognise(self)
+    gate, state = recognise(self), getattr(self, STATE, None)
     stem = "gate_up_proj" if gate.gated else "up_proj"
     return torch.ops.moe_ep.fused_moe(
         x,
@@ -130,6 +135,7 @@ def _run_experts(self: Experts, x: Tensor, ids: Tensor, weights: Tensor, valid_t
         interleaved=gate.interleaved,
         gate_up_bias=getattr(self, f"{stem}_bias") if self.has_bias else None,
         down_bias=self.down_proj_bias if self.has_bias else None,
+        batch_invariant=state is not None and state.batch_invariant,
     )
 
 
