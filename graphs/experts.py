@@ -9,7 +9,7 @@ import moe_ops  # noqa: F401  registers torch.ops.moe_ep
 from moe_ops.errors import CapacityError
 
 from . import hf_compat
-from .gates import recognise
+from .gates import OwnCode, recognise
 from .hf_compat import Experts
 
 NAME = "moe_ep"
@@ -118,6 +118,9 @@ def _run_sharded(self: Experts, state: ExpertParallelState, x: Tensor, ids: Tens
 def _run_experts(self: Experts, x: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor) -> Tensor:
     """This rank's experts on the first ``valid_tokens`` rows of ``x``."""
     gate, state = recognise(self), getattr(self, STATE, None)
+    batch_invariant = state is not None and state.batch_invariant
+    if isinstance(gate, OwnCode):
+        return _run_own_gate(self, x, ids, weights, valid_tokens, batch_invariant)
     stem = "gate_up_proj" if gate.gated else "up_proj"
     return torch.ops.moe_ep.fused_moe(
         x,
@@ -135,8 +138,31 @@ def _run_experts(self: Experts, x: Tensor, ids: Tensor, weights: Tensor, valid_t
         interleaved=gate.interleaved,
         gate_up_bias=getattr(self, f"{stem}_bias") if self.has_bias else None,
         down_bias=self.down_proj_bias if self.has_bias else None,
-        batch_invariant=state is not None and state.batch_invariant,
+        batch_invariant=batch_invariant,
     )
+
+
+def _run_own_gate(
+    self: Experts, x: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor, batch_invariant: bool
+) -> Tensor:
+    """The model's own gate and norm between the projections: rows are (row, slot) pairs, unspecified where dead."""
+    start, biased, transposed = getattr(self, LOCAL_START, 0), self.has_bias, self.is_transposed
+
+    def project(rows: Tensor, name: str) -> Tensor:
+        return torch.ops.moe_ep.expert_linear(
+            rows.to(x.dtype), ids, getattr(self, name), valid_tokens, start,
+            bias=getattr(self, f"{name}_bias") if biased else None,
+            transposed=transposed, batch_invariant=batch_invariant,
+        )  # fmt: skip
+
+    if self.has_gate:
+        inner = self._apply_gate(project(x, "gate_up_proj"))  # [M*K, I]
+    else:
+        inner = self.act_fn(project(x, "up_proj"))
+    pairs = project(inner, "down_proj")  # [M*K, H]
+    if getattr(self, "has_post_expert_norm", False):
+        pairs = self.post_expert_norm(pairs).to(x.dtype)
+    return torch.ops.moe_ep.topk_sum(pairs, ids, weights, valid_tokens, start, self.down_proj.shape[0])
 
 
 hf_compat.register_experts(NAME, moe_ep_experts)

@@ -64,7 +64,7 @@ def _check(
         )
 
 
-def _fake(x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, transposed=False):
+def _fake(x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, transposed=False, batch_invariant=False):
     _check(x, topk_ids, weight, valid_tokens, local_expert_start, bias, transposed)
     return x.new_empty(topk_ids.numel(), _width(weight, transposed)[1])
 
@@ -87,14 +87,16 @@ def expert_linear_reference(
     return out
 
 
-def _cpu(x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, transposed=False):
+def _cpu(x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, transposed=False, batch_invariant=False):
     _check(x, topk_ids, weight, valid_tokens, local_expert_start, bias, transposed)
     return expert_linear_reference(
         x, topk_ids, weight, valid_tokens, local_expert_start, bias=bias, transposed=transposed
     )
 
 
-def launch_expert_linear(x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, transposed=False):
+def launch_expert_linear(
+    x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, transposed=False, batch_invariant=False
+):
     """The Triton implementation: an align launch and one persistent kernel."""
     from .expert_linear_kernels import launch
 
@@ -102,13 +104,13 @@ def launch_expert_linear(x, topk_ids, weight, valid_tokens, local_expert_start, 
     depth, width = _width(weight, transposed)
     out = x.new_empty(topk_ids.numel(), width)
     if out.numel() and depth:
-        launch(x, topk_ids, weight, valid_tokens, local_expert_start, bias, transposed, out)
+        launch(x, topk_ids, weight, valid_tokens, local_expert_start, bias, transposed, batch_invariant, out)
     return out if depth else out.zero_()
 
 
 expert_linear = register_op(
     "expert_linear(Tensor x, Tensor topk_ids, Tensor weight, Tensor valid_tokens, int local_expert_start, *, "
-    "Tensor? bias=None, bool transposed=False) -> Tensor",
+    "Tensor? bias=None, bool transposed=False, bool batch_invariant=False) -> Tensor",
     fake=_fake,
     cpu=_cpu,
     cuda=launch_expert_linear,
@@ -117,7 +119,8 @@ expert_linear = register_op(
 
 x: (M, D), a row a token, or (M*K, D), a row a pair ``row*K + slot``; topk_ids: (M, K); weight: (E_l, N, D), or
 (E_l, D, N) with ``transposed``; bias: (E_l, N); valid_tokens: one int32. x, weight and bias share a dtype; sums are
-fp32, rounded once. Pairs of experts outside ``[local_expert_start, local_expert_start + E_l)`` and of rows >=
-``valid_tokens`` are neither read nor written: what they hold in the result is unspecified.
+fp32, rounded once; with ``batch_invariant`` a pair's bits depend on its row and its expert alone. Pairs of experts
+outside ``[local_expert_start, local_expert_start + E_l)`` and of rows >= ``valid_tokens`` are neither read nor
+written: what they hold in the result is unspecified.
 Raises ``ShapeError``, ``DtypeError``, ``DeviceError``, ``ArgumentError``.
 """

@@ -1,4 +1,4 @@
-"""Device code and launch of ``expert_linear``. Right for every gate comes first here: no bulk copies, no tuned tiles."""
+"""Device code and launch of ``expert_linear``: made to be right for every gate, without bulk copies or tuned tiles."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def _programs(device: torch.device) -> int:
 
 def launch(
     x: Tensor, topk_ids: Tensor, weight: Tensor, valid_tokens: Tensor, expert_start: int, bias: Tensor | None,
-    transposed: bool, out: Tensor,
+    transposed: bool, batch_invariant: bool, out: Tensor,
 ) -> None:  # fmt: skip
     """Fill the live local pairs of ``out (M*K, N)``."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     pairs, width, depth = out.shape[0], out.shape[1], x.shape[1]
-    block = 16 if pairs <= 32 * weight.shape[0] else 64
+    block = 16 if batch_invariant or pairs <= 32 * weight.shape[0] else 64
     aligned = launch_align(topk_ids, valid_tokens, block, weight.shape[0], expert_start)
     tiles = aligned[1].numel() * triton.cdiv(width, 64)
     _expert_linear_kernel[(min(tiles, _programs(x.device)),)](
