@@ -16,15 +16,29 @@ from . import errors
 if TYPE_CHECKING:
     from .decode import DecodeLoop
     from .loading import from_pretrained
+    from .requests import Answer, Request
+    from .sampling import sample
     from .sharding import expert_parallel_state, shard_experts
 
 _PUBLIC = {
+    "Answer": "requests",
     "DecodeLoop": "decode",
+    "Request": "requests",
     "expert_parallel_state": "sharding",
     "from_pretrained": "loading",
+    "sample": "sampling",
     "shard_experts": "sharding",
 }
-__all__ = ["DecodeLoop", "errors", "expert_parallel_state", "from_pretrained", "shard_experts"]
+__all__ = [
+    "Answer",
+    "DecodeLoop",
+    "Request",
+    "errors",
+    "expert_parallel_state",
+    "from_pretrained",
+    "sample",
+    "shard_experts",
+]
 
 if importlib.util.find_spec("transformers") is not None:
     from . import experts  # noqa: F401  registers "moe_ep"

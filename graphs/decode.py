@@ -1,12 +1,13 @@
-"""The decode loop: one compiled step of fixed shape, every rank with its own prompts and its own live rows.
+"""The decode loop: one compiled step of fixed shape; requests join and leave its slots between steps.
 
-All state of a step lives in buffers of one module: the step takes no argument, so a CUDA graph replays it
-without copying anything in. Ranks run the same number of steps; a rank may have no live row at all.
+Every rank has its own requests and may have none. The host looks at what the device did once in ``look_every``
+steps, and on a GPU at a copy one look old, so that the device never waits for the host. Ranks agree at each look how
+much to prefill and whether to go on (``meeting``); between looks no rank knows or needs what the others have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,69 +18,42 @@ from torch import Tensor, nn
 import lowering  # noqa: F401  its passes run whenever a step is compiled
 from moe_ops import get_workspace
 from moe_ops.errors import CapacityError
+from moe_ops.workspace import DEFAULT_TIMEOUT_S
 
-from . import hf_compat
 from .errors import RequestError
 from .experts import ExpertParallelState
 from .hf_compat import Model
+from .hf_slots import check_attention
+from .meeting import Meetings
+from .requests import Answer, Request, problem_with
 from .sampling import Sampler, greedy
-from .sharding import check_peers, expert_parallel_state, group_size, shard_experts
+from .sharding import check_peers, expert_parallel_state, shard_experts
+from .slots import Slots
+from .step import DecodeStep, PrefillStep
 
-FILLER = 0  # token in padding and in slots without a prompt; masked or never read
-CHECK_EVERY = 16  # steps between two looks at what the device recorded
-
-
-class DecodeStep(nn.Module):
-    """One token for every slot of the batch. Buffers (B slots, L = max_len):
-
-    ``tokens (B, 1) int64`` last token of each slot; ``positions (B, 1) int64``; ``mask (B, L) int64``, 0 on left
-    padding; ``history (B, L) int64`` tokens chosen, in columns; ``column (1,) int64`` the next column to write.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    mask: Tensor
-    history: Tensor
-    column: Tensor
-
-    def __init__(self, model: Model, cache: Any, batch: int, max_len: int, sampler: Sampler, device: torch.device):
-        super().__init__()
-        self.model, self.cache, self.sampler = model, cache, sampler
-        sizes = {"tokens": (batch, 1), "positions": (batch, 1), "mask": (batch, max_len), "history": (batch, max_len)}
-        for name, size in {**sizes, "column": (1,)}.items():
-            self.register_buffer(name, torch.zeros(size, dtype=torch.int64, device=device), persistent=False)
-
-    def forward(self) -> None:
-        """Feed the last tokens, choose the next ones, record them."""
-        out = self.model(
-            input_ids=self.tokens,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.positions.add_(1)
-        self.record(out.logits[:, -1])
-
-    def record(self, logits: Tensor) -> None:
-        """Choose from ``logits (B, V)`` and make that the last token of each slot."""
-        chosen = self.sampler(logits)[:, None]  # [B, 1]
-        self.tokens.copy_(chosen)
-        self.history.index_copy_(1, self.column, chosen)
-        self.column.add_(1)
+LOOK_EVERY = 16
+PREFILL_TOKENS = 256  # of one forward
+PREFILLS_A_LOOK = 4  # so many forwards does the decoding of the others wait at most
+CHUNK_TOKENS = 32  # a prompt is padded to a multiple of it
 
 
-class _Shape(NamedTuple):
-    batch: int
-    max_len: int
+class _Turn(NamedTuple):
+    """What a rank brings to a meeting."""
+
+    steps: int  # until the next one: equal on all ranks
+    prefills: int  # forwards that its prompts still need
+    unfinished: int  # requests that it has
+    problem: str | None  # why no rank can go on
 
 
 class DecodeLoop:
-    """Prefill and decode ``batch`` slots of at most ``max_len`` tokens each (prompt and answer).
+    """Decode up to ``batch`` requests at a time, each of at most ``max_len`` tokens, prompt and answer together.
 
     ``model``: from ``graphs.from_pretrained`` or ``shard_experts``; a plain model is prepared for one process.
-    ``max_len`` must be equal on all ranks, ``batch`` need not be. ``compile=False`` runs the step eagerly,
-    ``backend`` replaces Inductor with CUDA graphs. Collective: all ranks construct it and make the same calls.
+    ``sampler``: ``greedy``, or ``graphs.sample`` for requests with a temperature. ``compile=False`` runs eagerly,
+    ``backend`` replaces Inductor with CUDA graphs, ``compile_prefill`` compiles the prefill too.
+    ``batch_invariant``: a request keeps every bit whatever else is in the batch. Collective: all ranks construct it
+    and make the same calls; ``max_len`` and ``look_every`` are equal on all, ``batch`` need not be.
     """
 
     def __init__(
@@ -91,162 +65,212 @@ class DecodeLoop:
         sampler: Sampler = greedy,
         compile: bool = True,
         backend: str | Callable | None = None,
+        compile_prefill: bool = False,
+        batch_invariant: bool = False,
+        look_every: int = LOOK_EVERY,
     ):
-        if batch < 1 or max_len < 2:
-            raise RequestError(f"batch={batch}, max_len={max_len}; pass at least 1 slot of at least 2 tokens.")
-        self.model, self.batch, self.max_len = model, batch, max_len
-        self.state = _prepared(model)
-        self.group = _group_of(self.state)
-        self.group_batch = self._agree_on_shape()
-        self.length = 0  # cache columns in use
-        self.generated = 0  # history columns in use
-        self.prompts = 0
-        self.live = 0
-        cache = hf_compat.full_length_cache(model.config, max_len)
-        self._step = DecodeStep(model, cache, batch, max_len, sampler, self.state.live.device)
-        self._run_step = _compiled(self._step, backend) if compile else self._step
-
-    @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Start over with ``prompts`` (token numbers, at most ``batch`` of them, also none) and choose first tokens.
-
-        Prompts may differ in length, also between ranks: all are padded on the left to the longest of the group.
-        """
-        width = self._agree_on_width(prompts)
-        ids = self._load(prompts, width)
-        self.set_live(len(prompts))
-        logits = None
-        with self._batch_declared():
-            for columns in self._chunks(width):
-                logits = self._prefill_chunk(ids, columns)
-        assert logits is not None
-        self._step.positions.copy_(self._padded_positions()[:, width - 1 : width] + 1)
-        self._step.record(logits[:, -1])
-        self.length, self.generated, self.prompts = width, 1, len(prompts)
-
-    @torch.no_grad()
-    def run(self, steps: int, on_step: Callable[[int], None] | None = None) -> None:
-        """Decode ``steps`` more tokens for every live slot; the same number on every rank.
-
-        ``on_step(i)`` is called after the i-th launch. The host waits for the device only in ``tokens``.
-        """
-        if self.generated == 0:
-            raise RequestError("run before prefill; call prefill(prompts) on every rank first.")
-        if self.length + steps > self.max_len:
-            raise CapacityError(
-                f"decode: {self.length} tokens so far and {steps} steps exceed max_len={self.max_len}; "
-                "make the DecodeLoop with a larger max_len."
+        if batch < 1 or max_len < 2 or look_every < 1:
+            raise RequestError(
+                f"batch={batch}, max_len={max_len}, look_every={look_every}; "
+                "pass at least 1 slot of at least 2 tokens, and looks at least 1 step apart."
             )
-        with self._batch_declared():
-            for index in range(steps):
-                self._run_step()
-                self.length += 1
-                self.generated += 1
-                if index % CHECK_EVERY == CHECK_EVERY - 1:
-                    check_peers(self.model)
-                if on_step is not None:
-                    on_step(index)
+        check_attention(model)
+        self.model, self.batch, self.max_len, self.look_every = model, batch, max_len, look_every
+        self.samples, self.batch_invariant = sampler is not greedy, batch_invariant
+        self.state = _prepared(model)
+        self._meetings = _meetings(self.state)
+        self.group_batch = self._agree_on_shape()
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
+        self._lag = 1 if self.state.live.is_cuda else 0
+        self._first: list[int] = []  # requests of the last ``prefill``, and those of them that are complete
+        self._complete: dict[int, list[int]] = {}
+        self._step = DecodeStep(model, self.state, batch, max_len, sampler)
+        with self._declared(batch, self.group_batch, self._step.active), torch.no_grad():
+            self._step.feed()  # allocates the cache, outside of any compiled code
+        self._step.cache.begin_recurrence()
+        self._prefill = None if self._step.cache.recurrent else self._make_prefill()
+        self.slots = Slots(self._step, self._prefill, apart=batch_invariant)
+        self._run_prefill = _compiled(self._prefill, compile_prefill and compile, backend)
+        self._run_step = _compiled(self._step, compile, backend)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; it joins when a slot is free. Returns the number that its ``Answer`` will carry."""
+        if problem := self._problem_with(request):
+            raise RequestError(f"submit: {problem}")
+        return self.slots.submit(request)
+
+    def run(self, steps: int, on_step: Callable[[int], None] | None = None) -> list[Answer]:
+        """Decode ``steps`` steps, the same number on every rank; returns the answers that became complete.
+
+        ``on_step(i)`` is called after the i-th launch. The host waits for the device at the end.
+        """
+        answers: list[Answer] = []
+        for first in range(0, steps, self.look_every):
+            self._turn(min(self.look_every, steps - first), on_step=on_step, first=first)
+            answers += self._harvest(self._lag)
+        return answers + self._harvest()
+
+    def serve(self, requests: Iterable[Request | None]) -> Iterator[Answer]:
+        """Decode this rank's ``requests`` as slots become free; yields answers in the order in which they finish.
+
+        A ``None`` among the requests means "none yet": the loop decodes on and asks again at its next look. Ends
+        when all ranks are done; until then a rank without requests takes part with no rows.
+        """
+        source, more = iter(requests), True
+        while True:
+            more = more and self._take(source)
+            if not any(turn.unfinished for turn in self._turn(self.look_every, coming=int(more))):
+                break
+            yield from self._harvest(self._lag)
+        yield from self._harvest()
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+        """Answers to ``prompts`` (also none), in their order; ``options`` are those of ``Request``."""
+        numbers = [self.submit(Request(prompt, max_new_tokens, **options)) for prompt in prompts]
+        answers = {answer.request_id: answer.tokens for answer in self.serve(())}
+        return [answers[number] for number in numbers]
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Start over with ``prompts`` (token numbers, at most ``batch``, also none) and choose their first tokens.
+
+        With ``run`` and ``tokens`` the way to decode one fixed batch, every slot the same number of steps.
+        """
+        problem = None
+        if len(prompts) > self.batch:
+            problem = f"{len(prompts)} prompts for {self.batch} slots; make the DecodeLoop with a larger batch."
+        requests = [Request(prompt) for prompt in prompts]
+        problem = problem or next(filter(None, map(self._problem_with, requests)), None)
+        self.slots.clear()
+        self._complete.clear()
+        if problem is None:
+            self._first = [self.slots.submit(request) for request in requests]
+            self.slots.admit(start=False)
+        while any(turn.prefills for turn in self._turn(0, problem=problem, start=False)):
+            pass
+        # Prompts that go through the step take a step a token: the longest starts first, all end together.
+        lengths = [1 if self._prefill is not None else len(prompt) for prompt in prompts]
+        longest = max(self._meetings.meet(max(lengths, default=1)))
+        for left in range(longest, 0, -1):
+            self.slots.start([slot for slot, length in enumerate(lengths) if length == left])
+            self.run(1)
 
     def set_live(self, live: int) -> None:
         """From the next ``run`` on only the first ``live`` slots take part; a device write, no recompilation."""
         if not 0 <= live <= self.batch:
             raise RequestError(f"live={live}; pass 0 to {self.batch}, the number of slots.")
-        self.live = live
+        self._step.active.copy_(torch.arange(self.batch) < live)
 
     def tokens(self) -> list[list[int]]:
-        """The tokens decoded so far for each prompt; waits for the device and raises what it recorded."""
-        rows = self._step.history[: self.prompts, : self.generated].tolist()
+        """The tokens so far for each prompt of ``prefill``; waits for the device and raises what it recorded."""
+        by_id = {answer.request_id: answer.tokens for answer in self.slots.running()} | self._complete
         check_peers(self.model)
-        return rows
+        return [by_id[number] for number in self._first]
+
+    @torch.no_grad()
+    def _turn(
+        self,
+        steps: int,
+        *,
+        coming: int = 0,
+        problem: str | None = None,
+        start: bool = True,
+        on_step: Callable[[int], None] | None = None,
+        first: int = 0,
+    ) -> list[_Turn]:
+        """Meet, prefill what joins, decode ``steps`` steps; returns what the ranks brought."""
+        check_peers(self.model)
+        if start:
+            self.slots.admit()
+        mine = _Turn(steps, self.slots.prefills(), self.slots.unfinished() + coming, problem)
+        everyone = self._meet(mine)
+        for _ in range(min(max(turn.prefills for turn in everyone), PREFILLS_A_LOOK)):
+            self._prefill_once(start)
+        if any(turn.unfinished for turn in everyone):
+            with self._declared(self.batch, self.group_batch, self._step.active):
+                for index in range(steps):
+                    self._run_step()
+                    if on_step is not None:
+                        on_step(first + index)
+            self.slots.snapshot()
+        return everyone
+
+    def _meet(self, mine: _Turn) -> list[_Turn]:
+        """Every rank's turn; all raise if any has a problem, or if they are not making the same call."""
+        everyone = [_Turn(*turn) for turn in self._meetings.meet(mine)]
+        for rank, turn in enumerate(everyone):
+            if turn.problem is not None:
+                raise RequestError(f"prefill: rank {rank}: {turn.problem}")
+        steps = [turn.steps for turn in everyone]
+        if len(set(steps)) > 1:
+            raise RequestError(f"ranks are about to run {steps} steps; make the same calls on every rank.")
+        return everyone
+
+    def _prefill_once(self, start: bool) -> None:
+        """One forward of the prefill; slots whose prompt is complete start."""
+        assert self._prefill is not None
+        chunks = self.slots.next_chunks()
+        self._prefill.load(chunks)
+        rows = self._prefill.ids.shape[0]
+        with self._declared(rows, rows, self._prefill.counted):
+            self._run_prefill()
+        if start:
+            self.slots.start([chunk.slot for chunk in chunks if chunk.final])
+
+    def _take(self, source: Iterator[Request | None]) -> bool:
+        """Queue requests while there are slots for them; False if there will be no more."""
+        while self.slots.room() > 0:
+            try:
+                request = next(source)
+            except StopIteration:
+                return False
+            if request is None:
+                break
+            self.submit(request)
+        return True
+
+    def _harvest(self, keep: int = 0) -> list[Answer]:
+        answers = self.slots.harvest(keep)
+        if not keep:
+            check_peers(self.model)
+        self._complete |= {a.request_id: a.tokens for a in answers if a.request_id in self._first}
+        return answers
 
     @contextmanager
-    def _batch_declared(self) -> Iterator[None]:
-        """While this loop runs the model, its live count holds; before and after, all rows of a forward count."""
-        self.state.live.fill_(self.live)
-        self.state.declare_batch(self.batch, self.group_batch)
+    def _declared(self, batch: int, group_batch: int, counted: Tensor) -> Iterator[None]:
+        """While this loop runs the model, its live rows hold; before and after, all rows of a forward count."""
+        self.state.declare_batch(batch, group_batch, counted)
+        self.state.batch_invariant = self.batch_invariant
         try:
             yield
         finally:
             self.state.declare_batch(None)
+            self.state.batch_invariant = False
 
-    def _prefill_chunk(self, ids: Tensor, columns: slice) -> Tensor:
-        """Feed these columns of every slot; logits (B, 1 or more, V)."""
-        return self.model(
-            input_ids=ids[:, columns],
-            attention_mask=self._step.mask,
-            position_ids=self._padded_positions()[:, columns],
-            past_key_values=self._step.cache,
-            use_cache=True,
-            **hf_compat.prefill_kwargs(self.model),
-        ).logits
-
-    def _load(self, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
-        """Fill mask and counters for ``prompts``; returns their ids (B, width), padded on the left."""
-        ids = torch.full((self.batch, width), FILLER, dtype=torch.int64)
-        mask = torch.ones(self.batch, self.max_len, dtype=torch.int64)  # ones after the prompt: causality hides them
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-            mask[row, : width - len(prompt)] = 0
-        step = self._step
-        step.mask.copy_(mask)
-        step.column.zero_()
-        step.history.zero_()
-        step.cache.reset()
-        return ids.to(step.tokens.device)
-
-    def _padded_positions(self) -> Tensor:
-        """Position of every column (B, L): 0 on padding and on the first token of the prompt."""
-        return (self._step.mask.cumsum(1) - 1).clamp(min=0)
-
-    def _chunks(self, width: int) -> Iterator[slice]:
-        """Column ranges of a prefill that keep every rank's forward within its capacity."""
-        size = width
+    def _make_prefill(self) -> PrefillStep:
+        """As many chunks in a forward as the capacity of a rank holds."""
+        tokens = PREFILL_TOKENS
         if self.state.world_size > 1:
-            size = min(width, self.state.max_tokens_per_rank // self.group_batch)
-        for start in range(0, width, max(size, 1)):
-            yield slice(start, min(start + size, width))
+            tokens = min(tokens, self.state.max_tokens_per_rank)
+        columns = min(CHUNK_TOKENS, tokens)
+        return PrefillStep(self._step, tokens // columns, columns)
 
     def _agree_on_shape(self) -> int:
         """Check what ranks must share; returns the largest batch of any rank."""
-        everyone: list[_Shape] = self._gather(_Shape(self.batch, self.max_len))
-        lengths = [shape.max_len for shape in everyone]
-        if len(set(lengths)) > 1:
-            raise RequestError(f"max_len differs between ranks: {lengths}; pass the same value on every rank.")
-        largest = max(shape.batch for shape in everyone)
-        if self.state.world_size > 1 and largest > self.state.max_tokens_per_rank:
+        everyone = self._meetings.meet([self.batch, self.max_len, self.look_every])
+        batches, *shared = zip(*everyone, strict=True)
+        for name, values in zip(("max_len", "look_every"), shared, strict=True):
+            if len(set(values)) > 1:
+                raise RequestError(f"{name} differs between ranks: {list(values)}; pass the same value on every rank.")
+        capacity = self.state.max_tokens_per_rank
+        if self.state.world_size > 1 and max(batches) > capacity:
             raise CapacityError(
-                f"decode: batch={largest} exceeds max_tokens_per_rank={self.state.max_tokens_per_rank}; "
+                f"decode: batch={max(batches)} exceeds max_tokens_per_rank={capacity}; "
                 "load the model with a larger max_tokens_per_rank."
             )
-        return largest
+        return max(batches)
 
-    def _agree_on_width(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Longest prompt of the group; every rank raises if any rank's prompts do not fit."""
-        problem = self._problem_with(prompts)
-        everyone = self._gather((max(map(len, prompts), default=1), problem))
-        for rank, (_, theirs) in enumerate(everyone):
-            if theirs:
-                raise RequestError(f"prefill: rank {rank}: {theirs}")
-        return max(width for width, _ in everyone)
-
-    def _problem_with(self, prompts: Sequence[Sequence[int]]) -> str | None:
-        if len(prompts) > self.batch:
-            return f"{len(prompts)} prompts for {self.batch} slots; make the DecodeLoop with a larger batch."
-        if any(len(prompt) == 0 for prompt in prompts):
-            return "an empty prompt; pass at least one token."
-        longest = max(map(len, prompts), default=1)
-        if longest >= self.max_len:
-            return f"a prompt of {longest} tokens leaves no room in max_len={self.max_len}; pass a larger max_len."
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        bad = [token for prompt in prompts for token in prompt if not 0 <= token < vocabulary]
-        return f"token {bad[0]} is outside the vocabulary of {vocabulary}." if bad else None
-
-    def _gather(self, value: Any) -> list[Any]:
-        """``value`` of every rank."""
-        everyone = [value] * group_size(self.group)
-        if self.group is not None:
-            dist.all_gather_object(everyone, value, group=self.group)
-        return everyone
+    def _problem_with(self, request: Request) -> str | None:
+        return problem_with(request, self.max_len, self._vocabulary, self.samples)
 
 
 def _prepared(model: Model) -> ExpertParallelState:
@@ -264,13 +288,18 @@ def _prepared(model: Model) -> ExpertParallelState:
     return state
 
 
-def _group_of(state: ExpertParallelState) -> dist.ProcessGroup | None:
+def _meetings(state: ExpertParallelState) -> Meetings:
+    """Of the model's group, with its patience."""
     workspace = get_workspace(state.group_name)
-    return workspace.group if workspace is not None else None
+    if workspace is None:
+        return Meetings(None, DEFAULT_TIMEOUT_S)
+    return Meetings(workspace.group, workspace.config.timeout_s)
 
 
-def _compiled(step: DecodeStep, backend: str | Callable | None) -> Callable[[], None]:
+def _compiled(step: nn.Module | None, compile: bool, backend: str | Callable | None) -> Any:
     """The step as one graph; on CUDA also one CUDA graph."""
+    if step is None or not compile:
+        return step
     if backend is not None:
         return torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
     return torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")

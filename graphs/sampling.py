@@ -1,14 +1,79 @@
-"""How the next token is chosen, inside the compiled step."""
+"""How the next token is chosen, inside the compiled step.
+
+A draw is a pure function of a request's seed, the position of the token and the token's number: no generator state.
+So a request draws the same tokens in any slot, beside any neighbours, on any rank, and again tomorrow.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-Sampler = Callable[[Tensor], Tensor]
+
+class Choice(NamedTuple):
+    """What each slot asked for, on the device: all (B,)."""
+
+    positions: Tensor  # int64, of the token that is being chosen
+    temperature: Tensor  # fp32; 0: greedy
+    top_k: Tensor  # int64; 0: all
+    top_p: Tensor  # fp32; 1: all
+    seed: Tensor  # int64
 
 
-def greedy(logits: Tensor) -> Tensor:
+Sampler = Callable[[Tensor, Choice], Tensor]  # logits (B, V), Choice -> (B,) int64
+
+
+def greedy(logits: Tensor, choice: Choice) -> Tensor:
     """The most likely token: logits (B, V) -> (B,) int64; the lowest number where several tie."""
     return logits.argmax(dim=-1)
+
+
+def sample(logits: Tensor, choice: Choice) -> Tensor:
+    """Draw from softmax(logits / temperature) cut to ``top_k``, then ``top_p``: logits (B, V) -> (B,) int64.
+
+    The cuts are those of transformers, in its order; tokens that tie with the last one kept are kept as well.
+    The draw is an exponential race: the largest p / e wins, e exponential, drawn for each token.
+    """
+    drawn = choice.temperature > 0
+    scaled = logits.float() / torch.where(drawn, choice.temperature, 1.0)[:, None]  # [B, V]
+    kept = scaled >= threshold(scaled, choice.top_k, choice.top_p)[:, None]
+    race = exponential(choice.seed, choice.positions, logits.shape[-1])
+    raced = torch.where(kept, scaled - race.log(), float("-inf"))
+    return torch.where(drawn[:, None], raced, scaled).argmax(dim=-1)
+
+
+def threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest value of ``scaled (B, V)`` that both cuts keep: (B,) fp32."""
+    size = scaled.shape[-1]
+    ordered = scaled.sort(dim=-1, descending=True).values
+    rank = torch.arange(size, device=scaled.device)
+    within_k = rank < torch.where(top_k > 0, top_k, size)[:, None]
+    p = torch.where(within_k, ordered, float("-inf")).softmax(dim=-1)
+    before = p.cumsum(dim=-1) - p  # mass of the tokens ahead of each
+    last = (within_k & ((before < top_p[:, None]) | (rank == 0))).sum(dim=-1) - 1
+    return ordered.gather(1, last[:, None])[:, 0]
+
+
+def exponential(seed: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Independent exponential numbers, one a token: seed (B,), positions (B,) int64 -> (B, size) fp32, above 0."""
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    key = _mix(_mix(_mix(low) ^ high) ^ (positions & 0xFFFFFFFF))  # [B]
+    token = _mix(torch.arange(size, device=seed.device) + 0x9E3779B9)
+    bits = _mix(key[:, None] ^ token)  # [B, size], 32 of them
+    # A 32-bit draw is exact near 0, where the race is decided; 1.0 at the other end only means "last".
+    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
+    return -torch.log1p(-uniform)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers held in int64 in which every input bit flips about half of the output bits.
+
+    Constants below 2**31 keep every product inside int64, whose overflow C++ leaves undefined.
+    """
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)

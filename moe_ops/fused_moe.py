@@ -134,7 +134,7 @@ def _cpu(
     return fused_moe_reference(
         hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, activation=activation,
         alpha=alpha, limit=limit, gated=gated, transposed=transposed, interleaved=interleaved,
-        gate_up_bias=gate_up_bias, down_bias=down_bias, out_dtype=out_dtype,
+        gate_up_bias=gate_up_bias, down_bias=down_bias, out_dtype=out_dtype, batch_invariant=batch_invariant,
     )  # fmt: skip
 
 

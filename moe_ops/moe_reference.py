@@ -63,6 +63,7 @@ def fused_moe_reference(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """See ``fused_moe.fused_moe``; all dtypes, fp64 included.
 
@@ -75,9 +76,14 @@ def fused_moe_reference(
     out = torch.zeros(hidden.shape[0], hidden.shape[1], dtype=wide, device=hidden.device)
     present = torch.unique(ids[(ids >= 0) & (ids < gate_up.shape[0])])
     for expert in present.tolist():
-        slot, token = torch.where((ids == expert).T)
-        projected = _project(hidden[token].to(wide), gate_up, gate_up_bias, expert, transposed)
-        inner = apply_activation(projected, activation, alpha=alpha, limit=limit, gated=gated, interleaved=interleaved)
-        rows = _project(inner, down, down_bias, expert, transposed)
-        out.index_add_(0, token, (rows * topk_weights[token, slot, None]).to(wide))
+        slots, tokens = torch.where((ids == expert).T)
+        # A CPU's matrix product may add in another order for another number of rows: one row at a time, if asked.
+        size = 1 if batch_invariant else tokens.numel()
+        for slot, token in zip(slots.split(size), tokens.split(size), strict=True):
+            projected = _project(hidden[token].to(wide), gate_up, gate_up_bias, expert, transposed)
+            inner = apply_activation(
+                projected, activation, alpha=alpha, limit=limit, gated=gated, interleaved=interleaved
+            )
+            rows = _project(inner, down, down_bias, expert, transposed)
+            out.index_add_(0, token, (rows * topk_weights[token, slot, None]).to(wide))
     return out.to(out_dtype or hidden.dtype)
