@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -37,8 +38,7 @@ from graphs.attention import use_decode_attention
 from graphs.report import CompileMeter
 
 OURS, THEIRS = "moe_ep", "transformers"
-ROWS_WITHIN = 0.05  # relative error of a row's logits: bf16 roundings through all layers; a flipped route gives more
-MIN_AGREEING = 0.5  # share of rows within that; with other experts or another cache none would be
+MAX_OVER_NOISE = 2.0  # a rounding flips routes of random weights, on either side, so errors differ by chance
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Line:
     times_faster: float | None  # than transformers in this run
     cuda_graphs: int
     compile_s: float
-    rows_agreeing: float | None  # with transformers' logits
+    error: float  # of the first logits, median over rows; see ``compare``
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,32 @@ class Case:
     filled: int
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How all cases are compiled and measured."""
+
+    steps: int
+    backend: str | None
+    inductor: tuple[str, ...]
+    attention: bool
+    profiles: Path | None
+
+    def compile_options(self, ours: bool) -> dict[str, Any]:
+        """Arguments of ``torch.compile``: what "reduce-overhead" means, and for ours the options asked for."""
+        if self.backend:
+            return {"backend": self.backend}
+        values = (entry.split("=", 1) for entry in self.inductor) if ours else ()
+        return {"options": {"triton.cudagraphs": True} | {name: json.loads(value) for name, value in values}}
+
+
 class Runner:
     """One variant of one case: compiled, checked, timed."""
 
-    def __init__(self, variant: str, model: Model, case: Case, batch: int, seed: int, backend: str | None):
+    def __init__(self, variant: str, model: Model, case: Case, batch: int, seed: int, settings: Settings):
         self.variant, self.case = variant, case
         self.step = Step(model, batch, case.max_len, seed)
         torch._dynamo.reset()
-        options = {"backend": backend} if backend else {"mode": "reduce-overhead"}
+        options = settings.compile_options(ours=variant == OURS)
         self.call: Callable[[], None] = torch.compile(self.step, fullgraph=True, dynamic=False, **options)
 
     def start(self) -> Tensor:
@@ -90,6 +108,13 @@ class Runner:
         self.advance(3)
         self.compile_s, self.cuda_graphs = time.perf_counter() - began, meter.read().cuda_graphs
         return logits
+
+    @torch.no_grad()
+    def uncompiled(self) -> Tensor:
+        """The first step's logits (B, V) from the same step, run eagerly."""
+        self.step.fill(self.case.filled)
+        self.step()
+        return self.step.logits.clone()
 
     @torch.no_grad()
     def advance(self, steps: int) -> None:
@@ -135,13 +160,10 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def agreement(got: Tensor, wanted: Tensor) -> float:
-    """Share of rows whose logits are within ``ROWS_WITHIN``; raises where too few are."""
+def error_of(got: Tensor, wanted: Tensor) -> float:
+    """Relative error of a row of logits (B, V), median over rows; rows of different sequences are 1.4 apart."""
     errors = (got.float() - wanted.float()).norm(dim=1) / wanted.float().norm(dim=1)
-    share = (errors < ROWS_WITHIN).float().mean().item()
-    if share < MIN_AGREEING:
-        raise AssertionError(f"{share:.0%} of the rows agree with transformers; errors {errors.sort().values.tolist()}")
-    return share
+    return errors.median().item()
 
 
 def prepare(variant: str, model: Model, case: Case, attention: bool) -> None:
@@ -159,37 +181,40 @@ def prepare(variant: str, model: Model, case: Case, attention: bool) -> None:
     state.declare_batch(case.batch, case.batch)
 
 
-def compare(
-    case: Case, models: dict[str, Model], steps: int, backend: str | None, report: Path | None, attention: bool
-) -> list[Line]:
-    """Both variants of one case, theirs first."""
+def compare(case: Case, models: dict[str, Model], settings: Settings) -> list[Line]:
+    """Both variants of one case, theirs first.
+
+    Its error is against the same step uncompiled. Ours is against theirs compiled, and must not be larger by more than
+    ``MAX_OVER_NOISE``.
+    """
     ranks, rank = _ranks()
     lines: list[Line] = []
-    wanted: Tensor | None = None
+    wanted = noise = None
     for variant, model in models.items():
-        prepare(variant, model, case, attention)
+        prepare(variant, model, case, settings.attention)
         batch, seed = (case.batch, rank) if variant == OURS else (case.batch * ranks, 0)
-        runner = Runner(variant, model, case, batch, seed, backend)
+        runner = Runner(variant, model, case, batch, seed, settings)
         take_batches_of_all_ranks(runner, case.batch)
         logits = runner.start()
         mine = slice(rank * case.batch, (rank + 1) * case.batch)
-        share = None
-        if variant == THEIRS:
+        if wanted is None or noise is None:
             wanted = logits[mine]
-        elif wanted is not None:
-            share = agreement(logits, wanted)
-        ms = runner.step_ms(steps)
+            error = noise = error_of(wanted, runner.uncompiled()[mine])
+        else:
+            error = error_of(logits, wanted)
+            assert error < MAX_OVER_NOISE * noise + 0.01, f"error {error} of {variant}, {noise} of transformers"
+        ms = runner.step_ms(settings.steps)
         lines.append(
             Line(
                 case.model, case.layers, ranks, case.batch, case.max_len, case.filled, variant, round(ms, 4),
                 round(case.batch * ranks / ms * 1e3, 1), round(lines[0].step_ms / ms, 3) if lines else None,
-                runner.cuda_graphs, round(runner.compile_s, 1), share,
+                runner.cuda_graphs, round(runner.compile_s, 1), round(error, 5),
             )
         )  # fmt: skip
         if rank == 0:
             print(lines[-1], flush=True)
-        if report is not None:
-            write_profile(runner, report / f"profile_w{ranks}_b{case.batch}_l{case.max_len}_{variant}.txt")
+        if settings.profiles is not None:
+            write_profile(runner, settings.profiles / f"profile_w{ranks}_b{case.batch}_l{case.max_len}_{variant}.txt")
         del runner
     return lines
 
@@ -283,13 +308,15 @@ def main(
     csv_path: Annotated[Path | None, typer.Option("--csv", help="append the rows here")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot")] = None,
     minutes: Annotated[float, typer.Option(help="start no new case after this")] = 10.0,
+    inductor: Annotated[list[str] | None, typer.Option(help="Inductor option for ours: name=value; may repeat")] = None,
     attention: Annotated[bool, typer.Option(help="ours with its own decode attention, else with sdpa")] = True,
     backend: Annotated[str | None, typer.Option(help="instead of Inductor with CUDA graphs, for a dry run")] = None,
 ) -> None:
     """Print a table of step times; every row is checked against transformers' logits first."""
     began, device = time.monotonic(), start_ranks()
     ranks, rank = _ranks()
-    lengths, lines = max_len or [512], []
+    lengths, lines = max_len or [320], []
+    settings = Settings(steps, backend, tuple(inductor or ()), attention, with_profile)
     config = config_of(model, layers, 2 * max(lengths))
     with torch.no_grad():
         models = {THEIRS: build(config, device), OURS: build(config_of(model, layers, 2 * max(lengths)), device)}
@@ -303,7 +330,7 @@ def main(
             if late.item():
                 continue
             case = Case(model, layers, size, length, int(length * filled))
-            lines += compare(case, models, steps, backend, with_profile, attention)
+            lines += compare(case, models, settings)
     if rank == 0:
         show(lines, csv_path, plot_path)
     if ranks > 1:
