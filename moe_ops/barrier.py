@@ -11,13 +11,18 @@ writer: that is what two slots are for (docs/protocol.md).
 
 Pattern::
 
-    call = enter(peers, W)
+    call = enter(peers, W, N)
     ... write slot epoch % 2 of the peers ...
     signal(peers, call, payload, W, MULTICAST)
     ... anything that needs no peer ...
     payloads, ok = wait(peers, call, OP, W, MULTICAST)
     ... read, with trip counts that are 0 unless ok ...
     leave(peers, call)
+
+A kernel may meet twice: ``call = advance(peers, call, ok)`` after the first ``wait``, then ``signal`` and ``wait``
+again. A launch's end and the next one's start order everything (docs/protocol.md), so a ``signal`` that announces only
+what earlier launches did needs no release (``RELEASE=False``), and a ``wait`` behind which only later launches read
+needs no acquire (``ACQUIRE=False``).
 
 A word on the wire is ``tag << 32 | payload``. The tag is ``epoch + 1`` in 31 bits; a rank that has
 given up adds the bit ABORT and, as payload, the ranks that it missed. Words are never reset. They
@@ -38,6 +43,7 @@ import triton.language as tl
 from .ptx import (
     LANES,
     abort_word,
+    block_any,
     device_clock,
     fence_aliases,
     poll_word,
@@ -81,6 +87,12 @@ class Call(NamedTuple):
 
 
 @triton.jit
+def load_counts(local_tokens_ptr, metadata_ptr):
+    """``(t, valid, offset)`` for ``live_rows``. Before ``enter``, so that one trip to memory serves both."""
+    return tl.load(local_tokens_ptr), tl.load(metadata_ptr), tl.load(metadata_ptr + 1)
+
+
+@triton.jit
 def enter(peers, W: tl.constexpr, N: tl.constexpr):
     """The first thing in a kernel, so that these loads are over when the barrier needs them.
 
@@ -89,9 +101,10 @@ def enter(peers, W: tl.constexpr, N: tl.constexpr):
     """
     lanes = tl.arange(0, LANES)
     epoch = tl.load(peers.state + 1 + tl.program_id(0))
-    poison = tl.max(tl.load(peers.state + tl.arange(0, N) * 0), axis=0)
     table = tl.load(peers.table + lanes, mask=lanes < W, other=0)
-    return Call(epoch, poison, table, tl.load(peers.table + peers.rank))
+    own = tl.load(peers.table + peers.rank)
+    poison = tl.max(tl.load(peers.state + tl.arange(0, N) * 0), axis=0)
+    return Call(epoch, poison, table, own)
 
 
 @triton.jit
@@ -130,11 +143,9 @@ def check_capacity(peers, call, op, rows, limit, ranks):
 
 
 @triton.jit
-def live_rows(peers, call, op, local_tokens_ptr, metadata_ptr, row_limit, valid_limit):
-    """``(t, valid, offset, call)``. The counts are 0 in a poisoned workspace, and too many rows poison it."""
-    t = tl.maximum(tl.load(local_tokens_ptr), 0).to(tl.int64)
-    valid = tl.load(metadata_ptr).to(tl.int64)
-    offset = tl.load(metadata_ptr + 1).to(tl.int64)
+def live_rows(peers, call, op, counts, row_limit, valid_limit):
+    """``(t, valid, offset, call)`` of ``load_counts``. All 0 in a poisoned workspace; too many rows poison it."""
+    t, valid, offset = tl.maximum(counts[0], 0).to(tl.int64), counts[1].to(tl.int64), counts[2].to(tl.int64)
     rows = tl.where(t > row_limit, t, tl.where(valid > valid_limit, valid, offset + t))
     limit = tl.where(t > row_limit, row_limit, tl.where(valid > valid_limit, valid_limit, valid))
     call = check_capacity(peers, call, op, rows, limit, (call.epoch * 0 + 1) << peers.rank)
@@ -143,26 +154,30 @@ def live_rows(peers, call, op, local_tokens_ptr, metadata_ptr, row_limit, valid_
 
 
 @triton.jit
-def _send(peers, call, words, tag, payload, mask, W: tl.constexpr, FIRST_WARP: tl.constexpr):
+def _send(peers, call, words, tag, payload, mask, W: tl.constexpr, ABORTS: tl.constexpr, RELEASE: tl.constexpr):
     """``tag`` and ``payload`` to all ranks, into the words of epoch ``words``'s parity."""
     lanes = tl.arange(0, LANES)
     address = call.table + _word_offset(words, W) + peers.rank * 8
     word = call.table * 0 + ((tag << 32) | (payload & 0xFFFFFFFF))
-    if FIRST_WARP:
-        signal_word(address, word, (lanes < W) & mask)
-    else:
+    if ABORTS:
         abort_word(address, word, (lanes < W) & mask)
+    else:
+        signal_word(address, word, (lanes < W) & mask, RELEASE)
 
 
 @triton.jit
-def signal(peers, call, payload, W: tl.constexpr, MULTICAST: tl.constexpr):
-    """Publish what this block wrote, and ``payload`` (scalar, 32 bits), to the namesake block of every rank."""
+def signal(peers, call, payload, W: tl.constexpr, MULTICAST: tl.constexpr, RELEASE: tl.constexpr = True):
+    """Publish what this block wrote, and ``payload`` (scalar, 32 bits), to the namesake block of every rank.
+
+    ``RELEASE`` False: what this launch wrote is not meant, only what the launches before it did.
+    """
     if MULTICAST:
         fence_aliases(tl.program_id(0))
-    tl.debug_barrier()  # the whole block's stores come before the release below
+    if RELEASE:
+        tl.debug_barrier()  # the whole block's accesses come before the release below
     given_up = call.poison != 0
     tag = _tag(call.epoch) | tl.where(given_up, ABORT, 0).to(tl.int64)
-    _send(peers, call, call.epoch, tag, tl.where(given_up, call.poison, payload.to(tl.int64)), True, W, True)
+    _send(peers, call, call.epoch, tag, tl.where(given_up, call.poison, payload.to(tl.int64)), True, W, False, RELEASE)
 
 
 @triton.jit
@@ -192,30 +207,43 @@ def _give_up(peers, call, op, verdict, each, word, W: tl.constexpr):
     _fail(peers, call, verdict != _HERE, kind, op, ranks, missed, missed * 0)
     for ahead in tl.static_range(2):  # a peer may wait in the next call already
         words = call.epoch + ahead
-        _send(peers, call, words, _tag(call.epoch) | ABORT, missed, call.poison == 0, W, False)
+        _send(peers, call, words, _tag(call.epoch) | ABORT, missed, call.poison == 0, W, True, True)
 
 
 @triton.jit
-def wait(peers, call, op, W: tl.constexpr, MULTICAST: tl.constexpr):
+def wait(peers, call, op, W: tl.constexpr, MULTICAST: tl.constexpr, ACQUIRE: tl.constexpr = True):
     """Wait for the namesake block of every rank: ``(payloads (LANES,) int64, ok)``.
 
-    ``ok`` may differ between warps; payloads of ranks that did not arrive are unspecified.
+    ``ok`` may differ between warps; payloads of ranks that did not arrive are unspecified. ``ACQUIRE`` False: this
+    launch reads nothing of what the peers wrote, only the launches after it do.
     """
     lanes = tl.arange(0, LANES)
     live = lanes < W
     address = call.own + _word_offset(call.epoch, W) + lanes * 8
     limit = tl.where(call.poison == 0, peers.timeout, 0).to(tl.int64)
     start = device_clock()
-    word = poll_word(address, live)
+    word = poll_word(address, live, ACQUIRE)
     verdict, each = _verdict(word, call.epoch, live)
     while (verdict == _LATE) & (device_clock() - start < limit):
-        word = poll_word(address, live)
+        word = poll_word(address, live, ACQUIRE)
         verdict, each = _verdict(word, call.epoch, live)
     if verdict != _HERE:  # one verdict a warp, and nothing inside synchronises the block
         _give_up(peers, call, op, verdict, each, word, W)
     if MULTICAST:
         fence_aliases(tl.program_id(0))
     return word & 0xFFFFFFFF, (verdict == _HERE) & (call.poison == 0)
+
+
+@triton.jit
+def advance(peers, call, ok):
+    """The call of this launch's next exchange; a block barrier. ``ok``: what ``wait`` said.
+
+    Warps may differ about ``ok``, but a block signals once for all of them: where one gave up, all have from here on.
+    """
+    poison = call.poison
+    if block_any((ok == 0).to(tl.int32)) != 0:
+        poison = tl.load(peers.state, volatile=True)  # set before the barrier, by the warp that gave up or another
+    return Call(call.epoch + 1, poison, call.table, call.own)
 
 
 @triton.jit

@@ -30,6 +30,17 @@ class Slots(NamedTuple):
     rows: int  # of one slot
 
 
+class Place(NamedTuple):
+    """A 2-D tensor in symmetric memory, at the same offset on every rank; rows are whole chunks, 16-byte aligned."""
+
+    data: object  # this rank's tensor
+    table: object  # (W,) int64 tensor: address of the allocation on each rank
+    multicast: int  # its multicast address, or 0
+    offset: int  # bytes before row 0
+    row_stride: int  # bytes
+    length: int  # elements of a row
+
+
 @triton.jit
 def slot_offset(slots, epoch):
     """Bytes from the buffer's start to the slot of this epoch."""

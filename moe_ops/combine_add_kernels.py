@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .barrier import enter, leave, live_rows, signal, wait
+from .barrier import enter, leave, live_rows, load_counts, signal, wait
 from .chunks import first_unit, gather_chunk, row_chunks, slot_offset
 from .combine_kernels import _add, _addresses, _floats, _sources, _store_octet, _sum_over_ranks
 from .ptx import round_pair, store_chunk
@@ -93,16 +93,22 @@ def _addend(rows, row, octet, mask, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _join(
-    values, addends, scale, row, octet, mask,
-    DTYPE: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """``round(sum) * scale + addends[0] + ...`` in fp32; with ROUND_EACH rounded to DTYPE after every step."""
+def _load_addends(addends, row, octet, mask, ADDENDS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Eight fp32 values a lane of each; asked for before the peers' rows, so that both are on their way at once."""
+    loaded = ()
+    for i in tl.static_range(ADDENDS):
+        loaded = loaded + (_addend(addends[i], row, octet, mask, ALIGNED),)
+    return loaded
+
+
+@triton.jit
+def _join(values, loaded, scale, DTYPE: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr):
+    """``round(sum) * scale + loaded[0] + ...`` in fp32; with ROUND_EACH rounded to DTYPE after every step."""
     values = _scaled(_rounded(values, DTYPE), scale, 8)
     if ROUND_EACH:
         values = _rounded(values, DTYPE)
     for i in tl.static_range(ADDENDS):
-        values = _add(values, _addend(addends[i], row, octet, mask, ALIGNED), 8)
+        values = _add(values, loaded[i], 8)
         if ROUND_EACH:
             values = _rounded(values, DTYPE)
     return values
@@ -129,11 +135,12 @@ def _combine_add_kernel(
     octets = (source.length + 7) // 8
     segments = (octets + N - 1) // N
 
+    counts = load_counts(local_tokens_ptr, metadata_ptr)
     call = enter(peers, W, N)
     slot = slot_offset(slots, call.epoch)
     bases = _sources(peers, slot, W, MULTICAST)
     most = tl.minimum(slots.rows, max_tokens)
-    t, valid, offset, call = live_rows(peers, call, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
+    t, valid, offset, call = live_rows(peers, call, _OP, counts, row_limit, most)
     for unit in tl.range(first_unit(valid * 0), valid * segments, tl.num_programs(0)):
         row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         for half in tl.static_range(HALVES):
@@ -146,13 +153,13 @@ def _combine_add_kernel(
     live_end = tl.where(ok, offset + t, offset)
     for unit in tl.range(first_unit(offset * segments), (offset + num_rows) * segments, tl.num_programs(0)):
         row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
+        loaded = _load_addends(addends, row - offset, octet, octet < octets, ADDENDS, ALIGNED_OUT)
         values = ()
         for half in tl.static_range(HALVES):
             chunk = octet * HALVES + half
             inside = (chunk < chunks) & (row < live_end)
             at = (row * chunks + chunk) * 16
             values = values + _sum_over_ranks(_addresses(bases, at, at, -1, COUNT), inside, COUNT, DTYPE, MULTICAST)
-        inside = octet < octets
-        values = _join(values, addends, scale, row - offset, octet, inside, OUT, ADDENDS, ROUND_EACH, ALIGNED_OUT)
-        _store_octet(out, row - offset, octet, values, inside, ALIGNED_OUT)
+        values = _join(values, loaded, scale, OUT, ADDENDS, ROUND_EACH)
+        _store_octet(out, row - offset, octet, values, octet < octets, ALIGNED_OUT)
     leave(peers, call)

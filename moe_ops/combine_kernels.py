@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .barrier import enter, leave, live_rows, signal, wait
+from .barrier import enter, leave, live_rows, load_counts, signal, wait
 from .chunks import first_unit, gather_chunk, row_chunks, scatter_chunk, slot_offset
 from .ptx import load_chunks, reduce_chunk, round_pair, store_chunk
 from .symmetric import OP_CODES
@@ -110,11 +110,12 @@ def _combine_kernel(
     octets = (source.length + 7) // 8
     segments = (octets + N - 1) // N
 
+    counts = load_counts(local_tokens_ptr, metadata_ptr)
     call = enter(peers, W, N)
     slot = slot_offset(slots, call.epoch)
     bases = _sources(peers, slot, W, MULTICAST)
     most = tl.minimum(slots.rows, max_tokens)
-    t, valid, offset, call = live_rows(peers, call, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
+    t, valid, offset, call = live_rows(peers, call, _OP, counts, row_limit, most)
     own_rank = peers.rank if IN_PLACE else -1
     own_end = offset + t if IN_PLACE else offset
     for unit in tl.range(first_unit(valid * 0), valid * segments, tl.num_programs(0)):

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .shapes import CHUNK_BYTES
+from .buffers import SymmetricTensors
+from .shapes import CHUNK_BYTES, align_up
 
 TABLE = Path(__file__).parent / "tables" / "comm.json"
 WARP = 32
@@ -55,6 +56,15 @@ def rows_of(tensor: Tensor) -> tuple:
 
     size = tensor.element_size()
     return Rows(tensor, tensor.stride(0) * size, tensor.stride(1) * size, tensor.shape[1])
+
+
+def place_of(op: str, name: str, tensor: Tensor, buffers: SymmetricTensors) -> tuple:
+    """``tensor`` (2-D, symmetric memory) as ``chunks.Place``; raises ``SymmetricMemoryError``."""
+    from .chunks import Place
+
+    memory, offset = buffers.find(op, name, tensor)
+    row_stride = align_up(tensor.shape[1] * tensor.element_size(), CHUNK_BYTES)
+    return Place(tensor, memory.peer_ptrs, memory.multicast_ptr, offset, row_stride, tensor.shape[1])
 
 
 def is_aligned(tensor: Tensor) -> bool:

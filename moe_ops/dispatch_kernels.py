@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .barrier import enter, leave, live_rows, signal, wait
+from .barrier import enter, leave, live_rows, load_counts, signal, wait
 from .chunks import first_unit, gather_chunk, row_chunks, scatter_chunk, slot_offset
 from .ptx import load_chunk, store_chunk
 from .symmetric import OP_CODES
@@ -90,9 +90,10 @@ def _dispatch_kernel(
     row_bytes = (chunks + row_chunks(source.ids) + row_chunks(source.weights)) * 16
     segments = (chunks + N - 1) // N + 1
 
+    counts = load_counts(local_tokens_ptr, metadata_ptr)
     call = enter(peers, W, R)
     most = tl.minimum(slots.rows, max_tokens)
-    t, valid, offset, call = live_rows(peers, call, _OP, local_tokens_ptr, metadata_ptr, row_limit, most)
+    t, valid, offset, call = live_rows(peers, call, _OP, counts, row_limit, most)
     slot = slot_offset(slots, call.epoch)
     bases = _destinations(peers, slot, W, MULTICAST)
     for unit in tl.range(first_unit(offset * segments), (offset + t) * segments, tl.num_programs(0)):

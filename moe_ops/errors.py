@@ -29,6 +29,10 @@ class WorkspaceError(MoeEpError):
     """A group has no workspace, a closed one, or one set up with other values."""
 
 
+class SymmetricMemoryError(MoeEpError, ValueError):
+    """A tensor that other ranks must reach does not lie in symmetric memory of their group."""
+
+
 class TransportError(MoeEpError):
     """The transport asked for does not work between the ranks of this group."""
 

@@ -17,9 +17,10 @@ def _metadata_kernel(peers, local_tokens_ptr, out_ptr, rank_capacity, W: tl.cons
     Example: counts 3, 0, 5 on ranks 0, 1, 2; rank 2 gets ``[8, 3, 5]``.
     """
     lanes = tl.arange(0, LANES)
+    count = tl.maximum(tl.load(local_tokens_ptr), 0)
     call = enter(peers, W, LANES)
-    signal(peers, call, tl.maximum(tl.load(local_tokens_ptr), 0), W, False)
-    payloads, ok = wait(peers, call, _OP, W, False)
+    signal(peers, call, count, W, False, RELEASE=False)  # all there is to say lies in the word
+    payloads, ok = wait(peers, call, _OP, W, False, ACQUIRE=False)
     counts = tl.where((lanes < W) & ok, payloads, 0).to(tl.int32)
     largest = tl.max(counts, axis=0)
     over = tl.where(counts > rank_capacity, (lanes * 0 + 1).to(tl.int64) << lanes.to(tl.int64), 0)

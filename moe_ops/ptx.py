@@ -117,13 +117,19 @@ def store_chunk(address, chunk, mask, MULTICAST: tl.constexpr):
     )  # fmt: skip
 
 
+_FIRST_WARP = (
+    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, 32; setp.ne.and.b32 p, $3, 0, p; mov.b32 $0, 0; "
+)
+_RELEASE_WORD = tl.constexpr(_FIRST_WARP + "@p st.release.sys.global.b64 [$1], $2; }")
+_RELAXED_WORD = tl.constexpr(_FIRST_WARP + "@p st.relaxed.sys.global.b64 [$1], $2; }")
+
+
 @triton.jit
-def signal_word(address, word, mask):
-    """The first warp stores ``word (LANES,) int64`` at ``address (LANES,)``: release, system scope, one store each."""
+def signal_word(address, word, mask, RELEASE: tl.constexpr):
+    """The first warp stores ``word (LANES,) int64`` at ``address (LANES,)``: system scope, one store each."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, 32; setp.ne.and.b32 p, $3, 0, p; "
-        "mov.b32 $0, 0; @p st.release.sys.global.b64 [$1], $2; }",
-        "=&r,l,l,r", [address, word, mask.to(tl.int32)], tl.int32, is_pure=False, pack=1,
+        _RELEASE_WORD if RELEASE else _RELAXED_WORD, "=&r,l,l,r", [address, word, mask.to(tl.int32)], tl.int32,
+        is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -136,12 +142,26 @@ def abort_word(address, word, mask):
     )  # fmt: skip
 
 
+_POLL = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b64 $0, 0; @p "
+_ACQUIRE_WORD = tl.constexpr(_POLL + "ld.acquire.sys.global.b64 $0, [$1]; }")
+_POLL_WORD = tl.constexpr(_POLL + "ld.relaxed.sys.global.b64 $0, [$1]; }")
+
+
 @triton.jit
-def poll_word(address, mask):
-    """``(LANES,) int64`` at ``address (LANES,)``: acquire, system scope, by every warp; 0 where ``mask`` is off."""
+def poll_word(address, mask, ACQUIRE: tl.constexpr):
+    """``(LANES,) int64`` at ``address (LANES,)``: system scope, by every warp; 0 where ``mask`` is off."""
     return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b64 $0, 0; @p ld.acquire.sys.global.b64 $0, [$1]; }",
-        "=&l,l,r", [address, mask.to(tl.int32)], tl.int64, is_pure=False, pack=1,
+        _ACQUIRE_WORD if ACQUIRE else _POLL_WORD, "=&l,l,r", [address, mask.to(tl.int32)], tl.int64,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def block_any(flag):
+    """Whether ``flag`` (scalar int32, may differ between warps) is not 0 in any warp: a block barrier, one verdict."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $1, 0; barrier.cta.red.or.pred p, 0, p; selp.b32 $0, 1, 0, p; }",
+        "=r,r", [flag], tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -152,6 +172,19 @@ def prefetch_l2(address, size):
         "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0; "
         "@p cp.async.bulk.prefetch.L2.global [$1], $2; }",
         "=&r,l,r", [address, size], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def wait_for_change(address, value):
+    """The first thread waits until the word (int32) at ``address`` (int64) is not ``value``: device scope, acquires.
+
+    The block's other threads go on; a block barrier makes them wait for it and see what it sees.
+    """
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.b32 $0, 0; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra SEEN; "
+        "AGAIN: ld.acquire.gpu.global.b32 t, [$1]; setp.eq.b32 p, t, $2; @p bra AGAIN; SEEN: }",
+        "=&r,l,r", [address, value], tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

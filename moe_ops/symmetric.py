@@ -19,7 +19,13 @@ MAX_RANKS = 32  # one warp signals all peers
 MAX_BLOCKS = 1024  # of one launch; each has its own signal words
 REGION_ALIGNMENT = 128
 
-OP_CODES = {"metadata_update": 1, "agv_dispatch": 2, "rsv_combine": 3}
+OP_CODES = {
+    "metadata_update": 1,
+    "agv_dispatch": 2,
+    "rsv_combine": 3,
+    "agv_dispatch_into": 4,
+    "rsv_combine_from": 5,
+}
 KIND_TIMEOUT, KIND_CAPACITY, KIND_ABORTED = 1, 2, 3
 RECORD_WORDS = 4
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from . import transports
+from .buffers import SymmetricTensors
 from .census import Census
 from .errors import (
     ArgumentError,
@@ -28,8 +29,9 @@ from .errors import (
     TransportError,
     WorkspaceError,
 )
+from .reference import Batch
 from .shapes import CPU_HIDDEN_DTYPES, HALF_DTYPES
-from .symmetric import Channel, Failure, Layout, make_channel, read_record
+from .symmetric import Channel, Failure, Layout, SymmetricBuffer, make_channel, read_record
 
 log = logging.getLogger("moe_ep")
 
@@ -99,6 +101,23 @@ class Workspace:
         return Layout(self.world_size, config.max_tokens_per_rank, config.hidden_size, config.top_k, config.dtype)
 
     @cached_property
+    def buffers(self) -> SymmetricTensors:
+        """The symmetric memory that callers of the zero-copy ops hold."""
+        return SymmetricTensors(self.layout, self._allocate_buffer)
+
+    def empty(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """``(rows, columns)`` of zeros that every rank can reach: what the zero-copy ops read and write. Collective."""
+        return self.buffers.empty(rows, columns, dtype)
+
+    def layer_batch(self, max_tokens: int, ids: torch.dtype, weights: torch.dtype) -> Batch:
+        """The gathered batch of ops that dispatch, compute and combine in strict turn; the first call is collective."""
+        return self.buffers.layer_batch(max_tokens, ids, weights)
+
+    def layer_output(self, max_tokens: int) -> torch.Tensor:
+        """The experts' output of the same ops, ``(M', H)``; the first call is collective."""
+        return self.buffers.layer_output(max_tokens)
+
+    @cached_property
     def census(self) -> Census:
         """Names missing ranks when a collective on the CPU fails."""
         store = transports.group_store(self._group())
@@ -118,7 +137,8 @@ class Workspace:
         if self.transport not in transports.KERNEL_TRANSPORTS:
             return []
         allocated = self._channel is not None
-        return [BufferInfo(name, nbytes, allocated) for name, nbytes in self.layout.regions()]
+        regions = [BufferInfo(name, nbytes, allocated) for name, nbytes in self.layout.regions()]
+        return regions + [BufferInfo(*entry) for entry in self.buffers.memory()]
 
     def check(self) -> None:
         """Raise what a kernel recorded: ``PeerTimeoutError`` or ``CapacityError``. Does not wait for the GPU."""
@@ -178,6 +198,7 @@ class Workspace:
         if self._channel is not None:
             self._channel.close()
         self._channel = None
+        self.buffers.release()
 
     def _group(self) -> dist.ProcessGroup:
         assert self.group is not None, "a local workspace has no group"
@@ -193,19 +214,25 @@ class Workspace:
                 "transport='nccl'."
             )
 
-    def _make_channel(self) -> Channel:
-        layout = self.layout
+    def _allocate_buffer(self, nbytes: int) -> SymmetricBuffer:
+        """``nbytes`` of zeros that every rank can reach, or that collectives move."""
+        if self.transport not in transports.KERNEL_TRANSPORTS:
+            local = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+            return SymmetricBuffer(local, torch.empty(0, dtype=torch.int64))
         if self.transport.startswith("emulator"):
             from .emulator import make_buffer
 
-            buffer = make_buffer(self._group(), layout.nbytes, self.config.timeout_s)
-        else:
-            self._check_rendezvous()
-            buffer = transports.allocate_symmetric(self._group(), layout.nbytes, self.device)
+            return make_buffer(self._group(), nbytes, self.config.timeout_s)
+        self._check_rendezvous()
+        buffer = transports.allocate_symmetric(self._group(), nbytes, self.device)
+        _agree(self._group(), "buffer", self.config.timeout_s)  # nobody writes before all have zeroed theirs
+        return buffer
+
+    def _make_channel(self) -> Channel:
         return make_channel(
             rank=self.rank,
-            layout=layout,
-            buffer=buffer,
+            layout=self.layout,
+            buffer=self._allocate_buffer(self.layout.nbytes),
             timeout_s=self.config.timeout_s,
             multicast=self.transport.endswith("multicast"),
         )

@@ -70,13 +70,19 @@ def _parse(text: str) -> tuple[_Statement, ...]:
 
 
 def _multicast_targets(address: np.ndarray) -> list[np.ndarray]:
-    first = int(address[0])
+    """The addresses behind multicast ones, by rank; those of one access may lie in several ranges."""
+    targets: list[np.ndarray] | None = None
+    found = np.zeros(address.shape, dtype=bool)
     for entry in _multicast_ranges:
-        if entry.start <= first < entry.start + entry.nbytes:
-            if not ((address >= entry.start) & (address < entry.start + entry.nbytes)).all():
-                raise ValueError("multimem: one access leaves the multicast range")
-            return [address - entry.start + target for target in entry.targets]
-    raise ValueError(f"multimem: {first:#x} is not a multicast address")
+        here = (address >= entry.start) & (address < entry.start + entry.nbytes)
+        if here.any():
+            targets = targets or [np.zeros_like(address) for _ in entry.targets]
+            for array, target in zip(targets, entry.targets, strict=True):
+                array[here] = address[here] - entry.start + target
+            found |= here
+    if targets is None or not found.all():
+        raise ValueError(f"multimem: {int(address[~found][0]):#x} is not a multicast address")
+    return targets
 
 
 def _load(address: np.ndarray, dtype: type) -> np.ndarray:
@@ -181,6 +187,16 @@ def _vector(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{}").split(",")]
 
 
+def _block_or(thread: _Thread, operands: tuple[str, ...], on: np.ndarray) -> None:
+    """An emulated block is one thread of execution, so its vote is its own."""
+    thread.registers[operands[0]] = thread.read(operands[2])
+
+
+def _select(thread: _Thread, operands: tuple[str, ...], on: np.ndarray) -> None:
+    chosen = np.where(thread.read(operands[3]), thread.read(operands[1]), thread.read(operands[2]))
+    thread.write(operands[0], chosen.astype(np.int32)[on], on)
+
+
 def _load_vector(thread: _Thread, operands: tuple[str, ...], on: np.ndarray) -> None:
     address = thread.address(operands[1], on)
     for i, name in enumerate(_vector(operands[0])):
@@ -268,8 +284,12 @@ _INSTRUCTIONS: dict[str, Callable[[_Thread, tuple[str, ...], np.ndarray], None]]
     "ld.global.v4.b32": _load_vector,
     "st.global.v4.b32": _store_vector,
     "st.global.b64": _store_word,
+    "barrier.cta.red.or.pred": _block_or,
+    "selp.b32": _select,
     "st.release.sys.global.b64": _signal,
+    "st.relaxed.sys.global.b64": _signal,
     "ld.acquire.sys.global.b64": _poll,
+    "ld.relaxed.sys.global.b64": _poll,
     "atom.relaxed.gpu.global.cas.b64": _compare_and_swap,
     "multimem.st.relaxed.sys.global.v4.f32": _store_multicast,
     "multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.bf16x2": _reduce_multicast("bf16x2"),

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moe_ops.symmetric import Channel, Layout, make_channel
+from moe_ops.symmetric import Channel, Layout, SymmetricBuffer, make_channel
 
 DEFAULT_TIMEOUT_S = 120.0
 STORE_TIMEOUT = timedelta(seconds=60)
@@ -39,16 +39,25 @@ class Rank:
     def channel(self, layout: Layout, *, timeout_s: float = 30.0, epoch: int = 0) -> Channel:
         """A channel over fresh shared memory; collective."""
         from .hook import install
-        from .memory import allocate_shared
 
         install()
-        self._meetings += 1
-        buffer = allocate_shared(self.store, self.rank, self.world_size, layout.nbytes, f"buffer{self._meetings}")
         channel = make_channel(
-            rank=self.rank, layout=layout, buffer=buffer, timeout_s=timeout_s, multicast=self.multicast, epoch=epoch
+            rank=self.rank,
+            layout=layout,
+            buffer=self.buffer(layout.nbytes),
+            timeout_s=timeout_s,
+            multicast=self.multicast,
+            epoch=epoch,
         )
         self.meet()
         return channel
+
+    def buffer(self, nbytes: int) -> SymmetricBuffer:
+        """Fresh shared memory; collective."""
+        from .memory import allocate_shared
+
+        self._meetings += 1
+        return allocate_shared(self.store, self.rank, self.world_size, nbytes, f"buffer{self._meetings}")
 
     def meet(self) -> None:
         """Wait for all ranks, on the host."""
