@@ -20,10 +20,11 @@ from moe_ops import get_workspace
 from moe_ops.errors import CapacityError
 from moe_ops.workspace import DEFAULT_TIMEOUT_S
 
+from .attention import use_decode_attention
 from .errors import RequestError
 from .experts import ExpertParallelState
 from .hf_compat import Model
-from .hf_slots import check_attention
+from .hf_slots import adapt_attention
 from .meeting import Meetings
 from .requests import Answer, Request, problem_with
 from .sampling import Sampler, greedy
@@ -74,7 +75,9 @@ class DecodeLoop:
                 f"batch={batch}, max_len={max_len}, look_every={look_every}; "
                 "pass at least 1 slot of at least 2 tokens, and looks at least 1 step apart."
             )
-        check_attention(model)
+        if next(model.parameters()).is_cuda:
+            use_decode_attention(model)
+        adapt_attention(model)
         self.model, self.batch, self.max_len, self.look_every = model, batch, max_len, look_every
         self.samples, self.batch_invariant = sampler is not greedy, batch_invariant
         self.state = _prepared(model)

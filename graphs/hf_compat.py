@@ -74,6 +74,10 @@ _OUTSIDE_REASONS = {
 }
 
 
+# Names that the interface gives to what holds experts; transformers' own implementations know no others.
+EXPERT_PARAMETERS = frozenset(f"{part}_proj{bias}" for part in ("gate_up", "up", "down") for bias in ("", "_bias"))
+
+
 def register_experts(name: str, function: Callable) -> None:
     """Make ``function(module, hidden_states, top_k_index, top_k_weights)`` an experts implementation."""
     hf_moe.ALL_EXPERTS_FUNCTIONS.register(name, function)
@@ -134,14 +138,8 @@ def experts_modules(model: Model) -> dict[str, Experts]:
 
 
 def expert_parameters(module: Experts) -> dict[str, nn.Parameter]:
-    """The parameters of an experts module whose first dimension is the experts."""
-    return {n: p for n, p in module.named_parameters(recurse=False) if p.dim() and p.shape[0] == module.num_experts}
-
-
-def expert_parameters_local(module: Experts) -> dict[str, nn.Parameter]:
-    """As ``expert_parameters``, on a module that may hold one rank's share only."""
-    stored = module.down_proj.shape[0]
-    return {n: p for n, p in module.named_parameters(recurse=False) if p.dim() and p.shape[0] == stored}
+    """The parameters of an experts module that hold experts along their first dimension: all, or one rank's share."""
+    return {n: p for n, p in module.named_parameters(recurse=False) if n in EXPERT_PARAMETERS}
 
 
 def refuse_quantized(config: Any) -> None:

@@ -203,10 +203,12 @@ for _name, _mask in _MASKS.items():
     masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register(_name, _mask)
 
 
-def check_attention(model: Model) -> None:
-    """Raise ``UnsupportedModelError`` unless the model's attention reads a mask that may differ between rows."""
+def adapt_attention(model: Model) -> None:
+    """Let the model's masks differ between rows; ``UnsupportedModelError`` where its attention reads no such mask."""
     name = model.config.get_text_config(decoder=True)._attn_implementation
     known = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    if name in known and known[name] is masking_utils.sdpa_mask:  # an implementation that borrowed its mask
+        known.register(name, _MASKS["sdpa"])
     if name not in known or known[name] not in _MASKS.values():
         raise UnsupportedModelError(
             f"a decode loop cannot use the attention implementation {name!r}; "

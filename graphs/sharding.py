@@ -86,11 +86,11 @@ def attach(
     down = next(iter(modules.values())).down_proj
     name = LOCAL_GROUP if group is None else group.group_name
     state = ExpertParallelState(name, rank, world_size, max_tokens_per_rank, down.device)
-    one_stack = len({_stack(name) for name in modules}) == 1
+    same_rows = see_the_same_rows(list(modules))
     for index, module in enumerate(modules.values()):
         module.add_module(STATE, state)
         setattr(module, LOCAL_START, expert_range(module.num_experts, world_size, rank).start)
-        setattr(module, COMPUTES_METADATA, index == 0 or not one_stack)
+        setattr(module, COMPUTES_METADATA, index == 0 or not same_rows)
     model.set_experts_implementation(experts.NAME)
     if world_size > 1:
         check_dense_parts_agree(model, group)
@@ -111,18 +111,26 @@ def hidden_size(module: Experts) -> int:
     return module.down_proj.shape[2 if module.is_transposed else 1]
 
 
-def _stack(name: str) -> str:
-    """``model.layers.3.mlp.experts`` -> ``model.layers``: modules of one stack see the same rows in a forward."""
+def see_the_same_rows(names: list[str]) -> bool:
+    """Whether the modules are one to a layer of one stack, so that a forward counts live rows once for all of them.
+
+    ``model.layers.3.mlp.experts`` lies in layer 3 of ``model.layers``. Two in a layer may take turns on its rows.
+    """
+    layers = [_layer(name) for name in names]
+    return len({stack for stack, _ in layers}) == 1 and len(set(layers)) == len(layers)
+
+
+def _layer(name: str) -> tuple[str, str]:
     parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0]]) if numbers else name
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return (name, "") if at is None else (".".join(parts[:at]), parts[at])
 
 
 def check_modules(modules: dict[str, Experts]) -> None:
     """Raise ``UnsupportedModelError`` for a gate, a dtype or a parameter that the fused op does not take."""
     for name, module in modules.items():
         recognise(module)
-        for parameter in hf_compat.expert_parameters_local(module).values():
+        for parameter in hf_compat.expert_parameters(module).values():
             if parameter.is_meta:
                 raise ShardingError(f"{name} is on the meta device; load its weights before sharding.")
             if parameter.dtype not in EXPERT_DTYPES:
@@ -149,7 +157,7 @@ def dense_parts(model: Model) -> Iterator[tuple[str, Tensor]]:
     expert_names = {
         f"{name}.{part}"
         for name, module in hf_compat.experts_modules(model).items()
-        for part in hf_compat.expert_parameters_local(module)
+        for part in hf_compat.expert_parameters(module)
     }
     for name, tensor in model.state_dict().items():
         if name not in expert_names:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import graphs
 from graphs.checkpoints import make_checkpoint
 from graphs.report import CompileMeter
+from graphs.sampling import Choice
 from moe_ops import get_workspace
 from tests.graphs.model_cases import FAMILIES, plain_model, prompts_of
 from tests.tolerances import MODEL_BF16_OVER_PLAIN, relative_error
@@ -43,21 +44,20 @@ class Recorder(nn.Module):
         zeros = torch.zeros(BATCH, vocabulary, dtype=torch.bfloat16, device="cuda")
         self.register_buffer("logits", zeros, persistent=False)
 
-    def forward(self, logits: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, choice: Choice) -> Tensor:
         self.logits.copy_(logits)
         return logits.argmax(-1)
 
 
 def take_over(target: graphs.DecodeLoop, source: graphs.DecodeLoop) -> None:
     """Copy everything that a step reads."""
-    for name in ("tokens", "positions", "mask", "history", "column"):
-        getattr(target._step, name).copy_(getattr(source._step, name))
-    for mine, theirs in zip(target._step.cache.layers, source._step.cache.layers, strict=True):
-        for name, value in vars(theirs).items():
-            if isinstance(value, Tensor):
-                getattr(mine, name).copy_(value)
-    target.length, target.generated = source.length, source.generated
-    target.set_live(source.live)
+    mine = dict(target._step.named_buffers(remove_duplicate=True))
+    for name, buffer in source._step.named_buffers():
+        if not name.startswith(("model.", "state.", "sampler.")):
+            mine[name].copy_(buffer)
+    for ours, theirs in zip(target._step.cache.layers, source._step.cache.layers, strict=True):
+        ours.keys.copy_(theirs.keys)
+        ours.values.copy_(theirs.values)
 
 
 def check_family(family: str, rank: int, folder: Path) -> str:
