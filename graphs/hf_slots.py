@@ -69,10 +69,9 @@ class SlotLayer(cache_utils.StaticLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store (R, heads, C, D) of each; returns all columns of the same rows: (R, heads, L, D)."""
-        store = self.owner or self
+        store: Any = self.owner or self
         if not store.is_initialized:
             store.lazy_initialization(key_states, value_states)
-        assert store.keys is not None and store.values is not None
         columns = self.rows.targets(key_states.shape[2], self.max_cache_len)  # [R, C]
         return self._write(store.keys, columns, key_states), self._write(store.values, columns, value_states)
 
@@ -95,7 +94,7 @@ class IndexedSlotLayer(SlotLayer):
 
     def __init__(self, batch: int, max_len: int, rows: Rows, owner: SlotLayer | None = None):
         super().__init__(batch, max_len, rows, owner)
-        self.indexer_keys: Tensor | None = None
+        self.indexer_keys: Any = None
         self.indexer_cumulative_length = torch.tensor(0)  # transformers' own counter, not used here
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:

@@ -97,17 +97,17 @@ class Slots:
         """Send the state to the host, behind the steps launched so far."""
         step = self._step
         cuda = step.active.is_cuda
-        copies = [
+        active, starts, history = (
             torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda).copy_(tensor, non_blocking=True)
             for tensor in (step.active, step.rows.starts, step.history)
-        ]
+        )
         ready = None
         if cuda:
             ready = torch.cuda.Event()
             ready.record()
         pairs = zip(self._held, self._started, strict=True)
         ids = [held[0] if held is not None and started else None for held, started in pairs]
-        self._snapshots.append(_Snapshot(*copies, ready, ids))
+        self._snapshots.append(_Snapshot(active, starts, history, ready, ids))
 
     def harvest(self, keep: int = 0) -> list[Answer]:
         """Answers complete in all snapshots but the last ``keep``; their slots are free from now on."""

@@ -26,7 +26,7 @@ from graphs.profiling import idle_of_trace, traced
 from graphs.report import CompileMeter
 from lowering.torch_compat import compile_counters
 from moe_ops import get_workspace
-from tests.graphs.serve_cases import LONGEST, SERVED, arrivals, random_request, served_model
+from tests.graphs.serve_cases import LONGEST, SERVED, random_request, served_model
 
 STEPS, BATCH, CHECKED = 1000, 8, 6
 
@@ -60,7 +60,8 @@ def check_family(family: str, rank: int) -> str:
         assert alone.tokens == answer.tokens, (answer.request, alone.tokens, answer.tokens)
     reasons = [answer.reason for answer in answers]
     assert steps >= STEPS and reasons.count("stop") > 0 and reasons.count("length") > 0, (steps, reasons)
-    return f"{steps} steps, {len(answers)} requests, {stats}, {steps / seconds:.0f} steps/s, {CHECKED} answers equal alone"
+    speed = f"{steps / seconds:.0f} steps/s"
+    return f"{steps} steps, {len(answers)} requests, {stats}, {speed}, {CHECKED} answers equal alone"
 
 
 def count_steps(loop: Any, done: list[int]) -> None:
@@ -103,8 +104,10 @@ def idle(batch: int, rank: int, out: Path) -> str:
         seen = idle_of_trace(path)
         path.unlink()
         assert seen is not None
-        lines.append(f"{name}: {seconds / 128 * 1e3:.3f} ms a step; traced {seen.window_us / 128e3:.3f} ms a step, idle "
-                     f"between replays {seen.between:.2%}, inside {seen.inside:.2%}")
+        lines.append(
+            f"{name}: {seconds / 128 * 1e3:.3f} ms a step; traced {seen.window_us / 128e3:.3f} ms a step, "
+            f"idle between replays {seen.between:.2%}, inside {seen.inside:.2%}"
+        )
         del loop
         torch._dynamo.reset()
     return f"batch {batch}: " + "; ".join(lines)

@@ -39,8 +39,8 @@ def test_cuts_are_those_of_transformers():
         allowed = set((kept[0] > float("-inf")).nonzero().flatten().tolist())
         drawn = set(sample(logits, choice(rows, temperature=0.7, top_k=top_k, top_p=top_p)).tolist())
         assert drawn <= allowed and len(drawn) > 0.5 * len(allowed), (top_k, top_p)
-        one = choice(1, top_k=top_k, top_p=top_p)
-        assert int((logits[:1] / 0.7 >= threshold(logits[:1] / 0.7, one.top_k, one.top_p)[:, None]).sum()) == len(allowed)
+        one, scaled = choice(1, top_k=top_k, top_p=top_p), logits[:1] / 0.7
+        assert int((scaled >= threshold(scaled, one.top_k, one.top_p)).sum()) == len(allowed)
 
 
 def test_a_draw_depends_on_seed_and_position_alone():
