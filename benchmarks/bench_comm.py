@@ -3,9 +3,15 @@
     torchrun --nproc-per-node 4 benchmarks/bench_comm.py --hidden 7168 --tokens 8 --tokens 4096
 
 Each figure is the median over replays of a graph of ``CALLS`` calls, the slowest rank's, in µs a call. All
-ranks start a replay from a barrier, so waiting for a peer inside an op counts. ``barrier`` is
-``metadata_update``: the bare exchange of one word with every peer. NCCL moves the hidden states alone
+ranks start a replay from a barrier, so waiting for a peer inside an op counts. NCCL moves the hidden states alone
 (all-gather, reduce-scatter); ours also moves ids and weights. Results are checked before they are timed.
+
+barrier            ``metadata_update``: the bare exchange of one word with every peer
+endless            the same exchange without a limit of time: what bounded waits cost
+turns              ``agv_dispatch_into`` and ``rsv_combine_from`` in turn, no extra barrier: what the compiler emits
+into, from         the two alone, each with its extra barrier
+dispatch, combine  the functional ops: fresh outputs, slots in between
+ratio              turns / (all_gather + reduce_scatter); ``functional``: (dispatch + combine) / the same
 """
 
 from __future__ import annotations
@@ -15,15 +21,19 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import moe_ops
+from moe_ops.barrier import _verdict, _word_offset, enter, leave, signal
+from moe_ops.ptx import LANES, poll_word
 from moe_ops.selfcheck import Case, check_round
 
 CALLS = 10
@@ -65,29 +75,85 @@ def microseconds(call: Callable[[], object], replays: int) -> float:
     return worst.item()
 
 
-def measure(rows: int, hidden: int, top_k: int, name: str, replays: int) -> dict[str, float]:
-    """One line of the table: T = ``rows`` live rows on every rank."""
-    world = dist.get_world_size()
+class Sizes(NamedTuple):
+    """One line of the table: T live rows on every rank, H, K."""
+
+    rows: int
+    hidden: int
+    top_k: int
+
+
+def measure(sizes: Sizes, ws: moe_ops.Workspace, replays: int) -> dict[str, float]:
+    """All figures of one line."""
+    rows, hidden, top_k = sizes
+    world, name, ops = ws.world_size, ws.group_name, torch.ops.moe_ep
     x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
     ids = torch.randint(0, 256, (rows, top_k), device="cuda", dtype=torch.int32)
     weights = torch.rand(rows, top_k, device="cuda")
     count = torch.tensor([rows], dtype=torch.int32, device="cuda")
-    ops, gathered = torch.ops.moe_ep, world * rows
+    gathered = world * rows
     metadata = ops.metadata_update(count, name)
     y = torch.randn(gathered, hidden, device="cuda", dtype=torch.bfloat16)
+    batch, output = ws.layer_batch(gathered, ids.dtype, weights.dtype), ws.layer_output(gathered)
+    output.copy_(y)
     nccl_in, nccl_out = torch.empty_like(y), torch.empty_like(x)
-    result = {
-        "barrier": microseconds(lambda: ops.metadata_update(count, name), replays),
-        "dispatch": microseconds(
-            lambda: ops.agv_dispatch(x, ids, weights, count, metadata, gathered, name), replays
-        ),
-        "combine": microseconds(lambda: ops.rsv_combine(y, count, metadata, rows, name), replays),
-        "all_gather": microseconds(lambda: dist.all_gather_into_tensor(nccl_in, x), replays),
-        "reduce_scatter": microseconds(lambda: dist.reduce_scatter_tensor(nccl_out, y), replays),
+
+    def into(alone: bool) -> None:
+        ops.agv_dispatch_into(x, ids, weights, count, metadata, *batch, name, entry_barrier=alone)
+
+    def combined(alone: bool) -> torch.Tensor:
+        return ops.rsv_combine_from(output, count, metadata, rows, [], name, exit_barrier=alone)
+
+    def turn() -> None:
+        into(False)
+        combined(False)
+
+    calls: dict[str, Callable[[], object]] = {
+        "barrier": lambda: ops.metadata_update(count, name),
+        "endless": lambda: endless_barrier(ws, count),
+        "turns": turn,
+        "into": lambda: into(True),
+        "from": lambda: combined(True),
+        "dispatch": lambda: ops.agv_dispatch(x, ids, weights, count, metadata, gathered, name),
+        "combine": lambda: ops.rsv_combine(y, count, metadata, rows, name),
+        "all_gather": lambda: dist.all_gather_into_tensor(nccl_in, x),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(nccl_out, y),
     }
-    result["ratio"] = (result["dispatch"] + result["combine"]) / (result["all_gather"] + result["reduce_scatter"])
-    wire = (world - 1) * rows * hidden * 2 / 1e3  # KB in each direction: KB / µs = GB/s
-    return result | {"dispatch_GBps": wire / result["dispatch"], "combine_GBps": wire / result["combine"]}
+    result = {what: microseconds(call, replays) for what, call in calls.items()}
+    nccl = result["all_gather"] + result["reduce_scatter"]
+    wire = 2 * (world - 1) * rows * hidden * 2 / 1e3  # KB in each direction, there and back: KB / µs = GB/s
+    return result | {
+        "ratio": result["turns"] / nccl,
+        "functional": (result["dispatch"] + result["combine"]) / nccl,
+        "turns_GBps": wire / result["turns"],
+    }
+
+
+def endless_barrier(ws: moe_ops.Workspace, count: torch.Tensor) -> None:
+    """``metadata_update`` with a kernel that never looks at the clock."""
+    channel = ws.channel
+    assert channel is not None
+    _endless_kernel[(1,)](channel.peers(), count, count.new_empty(3), W=channel.world_size, num_warps=1)
+
+
+@triton.jit
+def _endless_kernel(peers, local_tokens_ptr, out_ptr, W: tl.constexpr):
+    """The exchange of ``_metadata_kernel``, waiting for ever. Grid: one program, one warp."""
+    lanes = tl.arange(0, LANES)
+    count = tl.maximum(tl.load(local_tokens_ptr), 0)
+    call = enter(peers, W, LANES)
+    signal(peers, call, count, W, False, RELEASE=False)
+    address = call.own + _word_offset(call.epoch, W) + lanes * 8
+    word = poll_word(address, lanes < W, False)
+    verdict, _ = _verdict(word, call.epoch, lanes < W)
+    while verdict != 0:
+        word = poll_word(address, lanes < W, False)
+        verdict, _ = _verdict(word, call.epoch, lanes < W)
+    counts = tl.where(lanes < W, word & 0xFFFFFFFF, 0).to(tl.int32)
+    tl.store(out_ptr, tl.sum(counts, axis=0))
+    tl.store(out_ptr + 1, tl.sum(tl.where(lanes < peers.rank, counts, 0), axis=0))
+    tl.store(out_ptr + 2, tl.max(counts, axis=0))
+    leave(peers, call)
 
 
 def main(
@@ -107,7 +173,7 @@ def main(
         ws = moe_ops.init_workspace(None, max_tokens_per_rank=max(sizes), hidden_size=h, top_k=top_k, timeout_s=20)
         problem = check_round(ws, Case(0, tuple((rank * 37) % max(sizes) for rank in range(ws.world_size))))
         assert problem is None, problem
-        rows += [{"hidden": h, "tokens": t} | measure(t, h, top_k, ws.group_name, replays) for t in sizes]
+        rows += [{"hidden": h, "tokens": t} | measure(Sizes(t, h, top_k), ws, replays) for t in sizes]
         ws.check()
         ws.close()
     if rank == 0:
@@ -123,7 +189,7 @@ def report(rows: list[dict[str, float]], world: int, out: Path | None) -> None:
         target = TARGETS.get(int(row["tokens"]))
         figures = [f"{value:.2f}" for value in list(row.values())[2:]]
         table.add_row(str(row["hidden"]), str(row["tokens"]), *figures, f"{target or '-'}")
-    Console(width=150).print(table)
+    Console(width=200).print(table)
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +212,8 @@ def plot(rows: list[dict[str, float]], world: int, path: Path) -> None:
     for axis, h in zip(axes[0], sizes, strict=True):
         of_size = [row for row in rows if row["hidden"] == h]
         x = [row["tokens"] for row in of_size]
-        axis.loglog(x, [row["dispatch"] + row["combine"] for row in of_size], "o-", label="moe_ep dispatch + combine")
+        axis.loglog(x, [row["turns"] for row in of_size], "o-", label="moe_ep, symmetric buffers")
+        axis.loglog(x, [row["dispatch"] + row["combine"] for row in of_size], "^:", label="moe_ep, fresh outputs")
         axis.loglog(x, [row["all_gather"] + row["reduce_scatter"] for row in of_size], "s--", label="NCCL")
         axis.set(title=f"H = {h}, W = {world}", xlabel="rows a rank", ylabel="µs")
         axis.legend()

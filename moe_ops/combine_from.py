@@ -2,8 +2,8 @@
 
 The expert output lies in a buffer that the caller holds on every rank (``Workspace.empty`` or
 ``Workspace.layer_output``): nothing is copied in, peers pull their rows. The rest is ``rsv_combine_add``: scale and
-addends, which may be none. By default the op is safe alone: after the last load the ranks meet, so that whatever comes next
-may overwrite the buffer. ``exit_barrier=False`` leaves that meeting out; legal where every rank meets all others, in
+addends, which may be none. By default the op is safe alone: after the last load the ranks meet, so that whatever
+comes next may overwrite the buffer. ``exit_barrier=False`` leaves that meeting out; legal where every rank meets all others, in
 any communication op of the group, before it writes to the buffer again (docs/protocol.md): in strict turns of
 dispatch_into, experts and combine_from it always is.
 

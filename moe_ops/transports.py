@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+import weakref
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -134,6 +135,7 @@ def multicast_supported(device: torch.device) -> bool:
 
 
 _rendezvous_calls = 0
+_rendezvous_groups: dict[str, weakref.ref[dist.ProcessGroup]] = {}  # by name, which is how torch caches them, too
 
 
 def rendezvous_calls() -> int:
@@ -147,6 +149,12 @@ def allocate_symmetric(group: dist.ProcessGroup, nbytes: int, device: torch.devi
     import torch.distributed._symmetric_memory as symm_mem
 
     global _rendezvous_calls
+    known = _rendezvous_groups.setdefault(group.group_name, weakref.ref(group))
+    if known() is not group:
+        raise TransportError(
+            f"torch remembers an earlier group named {group.group_name!r} and would wait for its ranks; give the new "
+            "one a name of its own: torch.distributed.new_group(ranks, use_local_synchronization=True)."
+        )
     _rendezvous_calls += 1
     try:
         local = symm_mem.empty(nbytes, dtype=torch.uint8, device=device)

@@ -18,8 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_ops.barrier import Peers
-from moe_ops.chunks import Rows, Slots
+from moe_ops.chunks import Place, Rows, Slots
+from moe_ops.combine_from_kernels import _combine_from_kernel
 from moe_ops.combine_kernels import _combine_kernel
+from moe_ops.dispatch_into_kernels import _dispatch_into_kernel
 from moe_ops.dispatch_kernels import Batch, _dispatch_kernel
 from moe_ops.metadata_kernels import _metadata_kernel
 
@@ -41,10 +43,17 @@ FORMS = (
     "bar.sync",
     "trap",
 )
+KERNELS = {
+    "metadata": _metadata_kernel,
+    "dispatch": _dispatch_kernel,
+    "combine": _combine_kernel,
+    "dispatch_into": _dispatch_into_kernel,
+    "combine_from": _combine_from_kernel,
+}
 
 
 class Variant(NamedTuple):
-    """One compiled kernel. ``aligned``: all rows are whole 16-byte chunks."""
+    """One compiled kernel. ``aligned``: all rows are whole 16-byte chunks; ``alone``: with both barriers."""
 
     kernel: str
     multicast: bool = False
@@ -54,10 +63,15 @@ class Variant(NamedTuple):
     dtype: str = "bf16"
     warps: int = 8
     chunks: int = 256
+    alone: bool = False
 
 
 def _rows(kind: str) -> Rows:
     return Rows(f"*{kind}", "i32", "i32", "i32")
+
+
+def _place(kind: str) -> Place:
+    return Place(f"*{kind}", "*i64", "i64", "i64", "i64", "i32")
 
 
 def _signature(variant: Variant) -> dict[str, Any]:
@@ -66,11 +80,17 @@ def _signature(variant: Variant) -> dict[str, Any]:
     limits = {"row_limit": "i32", "max_tokens": "i32"}
     if variant.kernel == "metadata":
         return common | {"local_tokens_ptr": "*i32", "out_ptr": "*i32", "rank_capacity": "i32"}
+    batch = Batch(_rows(variant.dtype), _rows("i32"), _rows("fp32"))
+    rows = _rows(variant.dtype)
+    if variant.kernel == "dispatch_into":
+        out = Batch(_place(variant.dtype), _place("i32"), _place("fp32"))
+        return common | {"source": batch, "out": out} | counts | limits
+    if variant.kernel == "combine_from":
+        common |= {"source": _place(variant.dtype), "out": rows, "addends": (rows,), "scale": "fp32"}
+        return common | counts | limits | {"num_rows": "i32"}
     common["slots"] = Slots("i64", "i64", "i32")
     if variant.kernel == "dispatch":
-        batch = Batch(_rows(variant.dtype), _rows("i32"), _rows("fp32"))
         return common | {"source": batch, "out": batch} | counts | limits
-    rows = _rows(variant.dtype)
     return common | {"source": rows, "out": rows} | counts | limits | {"num_rows": "i32"}
 
 
@@ -78,6 +98,10 @@ def _constants(variant: Variant) -> dict[str, Any]:
     if variant.kernel == "metadata":
         return {"W": variant.world}
     values: dict[str, Any] = {"W": variant.world, "N": variant.chunks, "MULTICAST": variant.multicast}
+    if variant.kernel == "dispatch_into":
+        return values | {"ALIGNED": variant.aligned, "ENTRY": variant.alone}
+    if variant.kernel == "combine_from":
+        return values | {"ADDENDS": 0, "ROUND_EACH": False, "ALIGNED": variant.aligned, "EXIT": variant.alone}
     values |= {"ALIGNED_IN": variant.aligned, "ALIGNED_OUT": variant.aligned}
     if variant.kernel == "dispatch":
         values |= {"R": 32 * variant.warps, "ALIGNED_ROUTING": variant.aligned}
@@ -87,10 +111,9 @@ def _constants(variant: Variant) -> dict[str, Any]:
 @cache
 def compile_kernel(variant: Variant) -> dict[str, Any]:
     """The artefacts of ``triton.compile``: ``ttgir``, ``ptx``, ``cubin``."""
-    kernels = {"metadata": _metadata_kernel, "dispatch": _dispatch_kernel, "combine": _combine_kernel}
     constants = _constants(variant)
     signature = _signature(variant) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernels[variant.kernel], signature=signature, constexprs=constants)
+    source = ASTSource(KERNELS[variant.kernel], signature=signature, constexprs=constants)
     warps = 1 if variant.kernel == "metadata" else variant.warps
     return triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options={"num_warps": warps}).asm
 

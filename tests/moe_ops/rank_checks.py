@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import moe_ops
 from moe_ops import reference
-from moe_ops.errors import CapacityError, PeerTimeoutError
+from moe_ops.errors import CapacityError, PeerTimeoutError, SymmetricMemoryError
 from moe_ops.selfcheck import Case, check_round, make_data
 
 ops = torch.ops.moe_ep
@@ -143,6 +143,95 @@ def check_graph_replays(setup: Setup, replays: int = 1000) -> None:
     ws.close()
 
 
+class Layer:
+    """One MoE layer's communication over symmetric buffers; its experts are an elementwise stand-in, exact in bf16."""
+
+    def __init__(self, ws: moe_ops.Workspace, most: int, alone: bool):
+        self.ws, self.most, self.alone = ws, most, alone
+        self.batch = ws.layer_batch(most, torch.int32, torch.float32)
+        self.output = ws.layer_output(most)
+
+    def __call__(self, batch: reference.Batch, local: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
+        name = self.ws.group_name
+        ops.agv_dispatch_into(*batch, local, metadata, *self.batch, name, entry_barrier=self.alone)
+        torch.mul(self.batch.hidden, self.ws.rank + 1, out=self.output)
+        rows = batch.hidden.shape[0]
+        return ops.rsv_combine_from(self.output, local, metadata, rows, [], name, exit_barrier=self.alone)
+
+    def expected(self, batch: reference.Batch, count: int) -> torch.Tensor:
+        """Small integers times 1 + 2 + ... + W: no rounding."""
+        total = sum(range(1, self.ws.world_size + 1))
+        live = torch.arange(batch.hidden.shape[0])[:, None] < count
+        return torch.where(live, batch.hidden * total, 0)
+
+
+def check_zero_copy(setup: Setup) -> None:
+    """Layers over symmetric buffers, in strict turns without their extra barriers and alone with them."""
+    for hidden_size in (setup.hidden_size, 129):
+        ws = setup.workspace(hidden_size=hidden_size)
+        for alone in (False, True):
+            for seed in range(setup.rounds):
+                counts = random_counts(ws.world_size, setup.rows, seed)
+                batches, _, most = make_data(ws, Case(seed, counts))
+                layer = Layer(ws, most, alone)
+                mine = reference.Batch(*(tensor.to(ws.device) for tensor in batches[ws.rank]))
+                local = torch.tensor([counts[ws.rank]], dtype=torch.int32, device=ws.device)
+                metadata = ops.metadata_update(local, ws.group_name)
+                sums = [layer(mine, local, metadata) for _ in range(3)]
+                want = layer.expected(batches[ws.rank], counts[ws.rank])
+                assert all(torch.equal(got.cpu(), want) for got in sums), (hidden_size, alone, counts)
+                gathered = reference.agv_dispatch(batches, counts, most)
+                assert torch.equal(layer.batch.topk_ids.cpu(), gathered.topk_ids)
+        ws.close()
+
+
+def check_plain_buffer_is_refused(setup: Setup) -> None:
+    """A tensor that peers cannot reach is an error that names how to get one."""
+    ws = setup.workspace()
+    local = torch.zeros(1, dtype=torch.int32, device=ws.device)
+    metadata = torch.zeros(3, dtype=torch.int32, device=ws.device)
+    plain = torch.zeros(setup.rows, setup.hidden_size, dtype=ws.config.dtype, device=ws.device)
+    try:
+        ops.rsv_combine_from(plain, local, metadata, 1, [], ws.group_name)
+    except SymmetricMemoryError as error:
+        assert "pass a tensor of workspace.empty" in str(error)
+    else:
+        raise AssertionError("no SymmetricMemoryError")
+    mine = ws.empty(setup.rows, setup.hidden_size, ws.config.dtype)
+    assert ops.rsv_combine_from(mine, local, metadata, 1, [], ws.group_name).tolist() == [[0.0] * setup.hidden_size]
+    ws.close()
+
+
+def check_zero_copy_replays(setup: Setup, replays: int = 1000) -> None:
+    """A captured step of three layers in strict turns, no extra barrier, replayed with changing counts (CUDA)."""
+    ws = setup.workspace()
+    batches, _, most = make_data(ws, Case(0, (0,) * ws.world_size))
+    mine = reference.Batch(*(tensor.to(ws.device) for tensor in batches[ws.rank]))
+    local = torch.zeros(1, dtype=torch.int32, device=ws.device)
+    layer = Layer(ws, most, False)
+
+    def step() -> list[torch.Tensor]:
+        metadata = ops.metadata_update(local, ws.group_name)
+        return [layer(mine, local, metadata) for _ in range(3)]
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for replay in range(replays):
+        count = random_counts(ws.world_size, setup.rows, replay)[ws.rank]
+        local.fill_(count)
+        graph.replay()
+        if replay % 10 == 0:
+            want = layer.expected(batches[ws.rank], count)
+            assert all(torch.equal(got.cpu(), want) for got in results), replay
+    torch.cuda.synchronize()
+    ws.check()
+    graph.reset()
+    ws.close()
+
+
 def check_overlapping_groups(setup: Setup) -> None:
     """Two workspaces with ranks in common, used in turn."""
     everyone = setup.workspace()
@@ -214,6 +303,7 @@ def main() -> None:
     faulthandler.dump_traceback_later(40, repeat=True)  # a hang must say where
     dist.init_process_group("nccl")  # no device_id: it would split communicators for the smaller group, which hung
     common: list[Callable[[Setup], None]] = [check_random_rounds, check_fp32_order, check_two_calls_keep_results]
+    common += [check_zero_copy, check_plain_buffer_is_refused, check_zero_copy_replays]
     # the overlapping groups come last: afterwards these ranks can set up no more symmetric memory together
     kernels = [check_graph_replays, check_count_over_capacity, check_missing_rank, check_overlapping_groups]
     failures = 0

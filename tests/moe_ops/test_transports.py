@@ -14,7 +14,13 @@ from moe_ops.emulator import Rank, run_ranks
 from tests.moe_ops import rank_checks
 
 TRANSPORTS = ("gloo", "emulator", "emulator-multicast")
-EXACT = ("check_random_rounds", "check_two_calls_keep_results", "check_overlapping_groups")
+EXACT = (
+    "check_random_rounds",
+    "check_two_calls_keep_results",
+    "check_zero_copy",
+    "check_plain_buffer_is_refused",
+    "check_overlapping_groups",
+)
 FAILURES = ("check_count_over_capacity", "check_missing_rank")
 
 
