@@ -85,22 +85,24 @@ def check_experts_carry_weight(entry: ExpertsClass) -> None:
 
 
 class Decoding:
-    """Teacher-forced steps of one model with a full-length static cache."""
+    """Teacher-forced steps of one model with a full-length static cache, after ``BEFORE`` tokens of ``ids``."""
 
     def __init__(self, model: Any, ids: Tensor):
         self.ids, self.cache = ids, hf_compat.full_length_cache(model.config, COLUMNS)
-        self.mask = torch.ones(ids.shape[0], COLUMNS, dtype=torch.int64)
-        self.prefill = self.feed(model, 0, BEFORE)
+        self.mask = torch.ones(ids.shape[0], COLUMNS, dtype=torch.int64, device=ids.device)
+        self.feed(model, 0, BEFORE)
 
     def feed(self, run: Any, start: int, stop: int) -> Tensor:
-        positions = torch.arange(start, stop).expand(self.ids.shape[0], -1)
+        positions = torch.arange(start, stop, device=self.ids.device).expand(self.ids.shape[0], -1)
         return answer(
             run, self.ids[:, start:stop], position_ids=positions, attention_mask=self.mask,
             past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
 
     def steps(self, run: Any) -> Tensor:
-        return torch.cat([self.feed(run, column, column + 1) for column in range(BEFORE, LENGTH)], dim=1)
+        """(B, steps, V); a copy, since a CUDA graph writes its output again at the next step."""
+        columns = range(BEFORE, self.ids.shape[1])
+        return torch.cat([self.feed(run, column, column + 1).clone() for column in columns], dim=1)
 
 
 @torch.no_grad()
