@@ -4,6 +4,8 @@
 hoist_metadata       one ``metadata_update`` a step, however many layers ask for it
 fuse_combine         a cast, scaling and adds that follow ``rsv_combine`` become part of it
 comm_buffers         experts write into the combine's symmetric memory: nothing is copied in between
+unroll_topk          a router's top-k becomes maxima, which Inductor joins with what is around them
+merge_products       a small batch times several weights is one launch
 elide_barriers       says of every wait for peers why it stays or is not needed; changes nothing
 agreement            ranks compare what they compiled before they first communicate
 ===================  ===========================================================================
@@ -33,7 +35,9 @@ from .elide_barriers import ElideBarriers
 from .errors import UnknownPassError
 from .fuse_combine import FuseCombine
 from .hoist_metadata import HoistMetadata
+from .merge_products import MergeProducts
 from .report import RECENT, GraphReport, Outcome
+from .unroll_topk import UnrollTopk
 
 
 class Pass(Protocol):
@@ -48,6 +52,8 @@ PASSES: tuple[Pass, ...] = (
     HoistMetadata(),
     FuseCombine(),
     CommBuffers(),
+    UnrollTopk(),
+    MergeProducts(),
     ElideBarriers(),
     Agreement(),
 )

@@ -6,6 +6,7 @@ Checked with torch 2.11 (CUDA) and 2.13 (CPU). What differs between them is said
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,25 @@ OpOverload = torch._ops.OpOverload  # what a node's target is
 def schema_arguments(op: OpOverload) -> list[Any]:
     """The declared arguments of an op, in order; each has ``name``, ``kwarg_only``, ``default_value``."""
     return list(op._schema.arguments)
+
+
+def insert_call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A call at the graph's insertion point, with the fake result that Inductor expects of every node."""
+    from torch._guards import detect_fake_mode
+    from torch.utils._pytree import tree_map_only
+
+    fakes = tree_map_only(Node, lambda node: node.meta["val"], (args, kwargs))
+    node = graph.call_function(target, args, kwargs)
+    with detect_fake_mode(fakes) or detect_fake_mode([n.meta.get("val") for n in graph.nodes]):
+        node.meta["val"] = target(*fakes[0], **fakes[1])
+    return node
+
+
+def insert_read(node: Node, index: int) -> Node:
+    """One result of a call that returns several, at the graph's insertion point."""
+    read = node.graph.call_function(operator.getitem, (node, index))
+    read.meta["val"] = node.meta["val"][index]
+    return read
 
 
 def sort_graph(graph: Graph) -> None:

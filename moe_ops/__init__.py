@@ -14,6 +14,7 @@ from . import (
     fused_moe,
     metadata,
     moe_combine,
+    thin_linear,
     topk_sum,
 )
 from .workspace import BufferInfo, Workspace, get_workspace, init_workspace
@@ -32,6 +33,7 @@ __all__ = [
     "init_workspace",
     "metadata",
     "moe_combine",
+    "thin_linear",
     "topk_sum",
 ]
 __version__ = "0.1.0"

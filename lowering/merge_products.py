@@ -1,0 +1,104 @@
+"""Products of one small batch with several weights become one launch: ``thin_linear``.
+
+Before::
+
+    q = aten.mm(x, aten.permute(wq, [1, 0]))       # one or two launches each
+    k = aten.mm(x, aten.permute(wk, [1, 0]))
+    v = aten.mm(x, aten.permute(wv, [1, 0]))
+
+After::
+
+    t = moe_ep.thin_linear(x, [wq, wk, wv])
+    q, k, v = t[0], t[1], t[2]
+
+Also for a single product, because at few rows the library's kernels do not read the weights at full speed. Legal
+because the weights are inputs of the graph, and nothing writes them. A sum in fp32 that is rounded once, as the
+library's, but in another order: the one place besides ``rounding`` where lowering changes bits. Refused for more than
+``MAX_ROWS`` rows, and for weights that are not stored row by row or are larger than ``MAX_BYTES``, where the library is
+as fast. The CPU's products stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from moe_ops.thin_linear import MAX_WEIGHTS, takes
+
+from . import torch_compat
+from .hoist_metadata import value_key
+from .report import Outcome
+
+aten = torch.ops.aten
+MAX_BYTES = 64 << 20  # one weight
+
+
+@dataclass(frozen=True)
+class Product:
+    """``node = x @ weight.T`` with ``weight (width, depth)`` an input of the graph."""
+
+    node: Node
+    x: Node
+    weight: Node
+
+
+def replace_together(products: list[Product]) -> str:
+    """One ``thin_linear`` in the place of the first; returns what was done."""
+    first = products[0]
+    graph, names = first.node.graph, ", ".join(product.node.name for product in products)
+    with graph.inserting_before(first.node):
+        op = torch.ops.moe_ep.thin_linear.default
+        joined = torch_compat.insert_call(graph, op, first.x, [product.weight for product in products])
+        results = [torch_compat.insert_read(joined, index) for index in range(len(products))]
+    for product, result in zip(products, results, strict=True):
+        product.node.replace_all_uses_with(result)
+        graph.erase_node(product.node)
+    return f"{joined.name}: {names}"
+
+
+class MergeProducts:
+    """See the module's docstring."""
+
+    name = "merge_products"
+
+    def __init__(self, devices: tuple[str, ...] = ("cuda",)):
+        self.devices = devices
+
+    def run(self, graph: Graph, rounding: str = "compiled") -> Outcome:
+        """Rewrite ``graph``; the outcome lists every product with a weight."""
+        outcome = Outcome(self.name)
+        groups: dict[Any, list[Product]] = {}  # by value: every product has a view of its own of the same batch
+        for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+            weight = _stored_weight(node.args[1])
+            if weight is None or weight.meta["val"].device.type not in self.devices:
+                continue
+            if reason := _reason(node.args[0].meta["val"], weight.meta["val"]):
+                outcome.refuse(node, reason)
+            else:
+                groups.setdefault(value_key(node.args[0]), []).append(Product(node, node.args[0], weight))
+        for group in groups.values():
+            for start in range(0, len(group), MAX_WEIGHTS):
+                outcome.done.append(replace_together(group[start : start + MAX_WEIGHTS]))
+        return outcome
+
+
+def _reason(x: Any, weight: Any) -> str | None:
+    """Why a product stays, None if it goes."""
+    if not takes(x.shape[0], x.dtype, x.device.type == "cuda"):
+        return f"{x.shape[0]} rows of {x.dtype}"
+    if not weight.is_contiguous():
+        return "the weight is not stored row by row"
+    if weight.numel() * weight.element_size() > MAX_BYTES:
+        return f"the weight is larger than {MAX_BYTES >> 20} MiB"
+    return None
+
+
+def _stored_weight(right: Any) -> Node | None:
+    """``w`` where the right operand is ``w.T`` of an input ``w``."""
+    if not isinstance(right, Node) or right.target not in (aten.permute.default, aten.t.default):
+        return None
+    weight = right.args[0]
+    return weight if isinstance(weight, Node) and weight.op in ("placeholder", "get_attr") else None

@@ -1,0 +1,95 @@
+"""Products of one batch with several weights in one launch."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch.nn import functional
+
+from lowering.merge_products import MAX_BYTES, MergeProducts
+from moe_ops.thin_linear import MAX_ROWS
+from tests.lowering.layers import inference_graph, text
+
+PASS = MergeProducts(devices=("cpu",))
+
+
+def attention_inputs(x: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> Tensor:
+    """Three products of one batch, then one of what became of them."""
+    x = x.sin()[None]  # as models have it: every product then has a view of its own of one batch
+    mixed = functional.linear(x, q) + functional.linear(x, k) * functional.linear(x, v)
+    return functional.linear(mixed, o)[0]
+
+
+def arguments(rows: int = 5) -> list[Tensor]:
+    return [torch.randn(rows, 16), *(torch.randn(8, 16) for _ in range(3)), torch.randn(6, 8)]
+
+
+def test_graph():
+    module, inputs = inference_graph(attention_inputs, *arguments())
+    wanted = module(*inputs)[0]
+    outcome = PASS.run(module.graph)
+    assert outcome.done == ["thin_linear_default: mm, mm_1, mm_2", "thin_linear_default_1: mm_3"]
+    module.graph.lint()
+    module.recompile()
+    torch.testing.assert_close(module(*inputs)[0], wanted)
+    module.graph.eliminate_dead_code()
+    assert_expected_inline(text(module.graph), """\
+sin = sin(in0)
+unsqueeze = unsqueeze(sin, 0)
+view = view(unsqueeze, [5, 16])
+thin_linear_default = thin_linear(view, [in1, in2, in3])
+getitem = thin_linear_default[0]
+getitem_1 = thin_linear_default[1]
+getitem_2 = thin_linear_default[2]
+view_1 = view(getitem, [1, 5, 8])
+view_3 = view(getitem_1, [1, 5, 8])
+view_5 = view(getitem_2, [1, 5, 8])
+mul = mul.Tensor(view_3, view_5)
+add = add.Tensor(view_1, mul)
+view_6 = view(add, [5, 8])
+thin_linear_default_1 = thin_linear(view_6, [in4])
+getitem_3 = thin_linear_default_1[0]
+view_7 = view(getitem_3, [1, 5, 6])
+select = select.int(view_7, 0, 0)
+return (select)""")
+
+
+def test_more_weights_than_one_launch_takes():
+    def five(x: Tensor, *weights: Tensor) -> list[Tensor]:
+        return [functional.linear(x, weight) for weight in weights]
+
+    module, inputs = inference_graph(five, torch.randn(3, 8), *(torch.randn(4 + i, 8) for i in range(5)))
+    wanted = module(*inputs)
+    outcome = PASS.run(module.graph)
+    module.recompile()
+    assert len(outcome.done) == 2
+    for got, want in zip(module(*inputs), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "reason"),
+    [
+        (torch.randn(MAX_ROWS + 1, 8), torch.randn(4, 8), f"{MAX_ROWS + 1} rows"),
+        (torch.randn(2, 8), torch.randn(8, 4).T, "not stored row by row"),
+        (torch.randn(2, 8), torch.empty(1).expand(MAX_BYTES // 32 + 1, 8).contiguous(), "larger than 64 MiB"),
+    ],
+    ids=["rows", "layout", "bytes"],
+)
+def test_refused(x: Tensor, weight: Tensor, reason: str):
+    module, _ = inference_graph(functional.linear, x, weight)
+    outcome = PASS.run(module.graph)
+    assert not outcome.done
+    assert [reason in refusal.reason for refusal in outcome.refused] == [True], outcome.refused
+
+
+def test_products_of_computed_values_are_none_of_its_business():
+    module, _ = inference_graph(lambda x, w: x @ w.sin().T, torch.randn(2, 8), torch.randn(4, 8))
+    outcome = PASS.run(module.graph)
+    assert not outcome.done and not outcome.refused
+
+
+def test_cpu_is_left_alone():
+    module, _ = inference_graph(functional.linear, torch.randn(2, 8), torch.randn(4, 8))
+    outcome = MergeProducts().run(module.graph)
+    assert not outcome.done and not outcome.refused

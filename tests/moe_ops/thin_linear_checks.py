@@ -1,0 +1,57 @@
+"""The kernel of ``thin_linear`` against plain torch, in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_ops.thin_linear import launch, tiles
+from tests.tolerances import relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter's bf16 products are slow; in bf16 the result is rounded once
+DTYPE, WITHIN = (torch.bfloat16, 3e-3) if torch.cuda.is_available() else (torch.float32, 2e-6)
+
+
+def case(rows: int, depth: int, widths: tuple[int, ...]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    generator = torch.Generator(DEVICE).manual_seed(rows + depth)
+    x, *weights = (
+        torch.randn(n, depth, generator=generator, device=DEVICE).to(DTYPE) for n in (rows, *widths)
+    )  # fmt: skip
+    return x, weights
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 64])
+@pytest.mark.parametrize(("depth", "widths"), [(256, (48, 16)), (40, (5,)), (300, (33, 16, 1, 70))])
+def test_equals_plain_torch(rows: int, depth: int, widths: tuple[int, ...]):
+    x, weights = case(rows, depth, widths)
+    for got, weight in zip(launch(x, weights), weights, strict=True):
+        wanted = x.double() @ weight.double().T
+        assert got.shape == wanted.shape and got.dtype == DTYPE
+        assert relative_error(got, wanted) < WITHIN
+
+
+def test_worked_example_of_the_kernel():
+    """Widths 48 and 16 with 32 columns a program: two programs for the first, one for the second."""
+    x, weights = case(2, 64, (48, 16))
+    first, second = launch(x, weights)
+    torch.testing.assert_close(first, x @ weights[0].T, rtol=1e-2, atol=1e-1)
+    torch.testing.assert_close(second, x @ weights[1].T, rtol=1e-2, atol=1e-1)
+
+
+def test_strided_input_and_no_rows():
+    x, weights = case(4, 64, (20,))
+    wide = torch.cat([x, x], 1)[:, :64]
+    assert torch.equal(launch(wide, weights)[0], launch(x, weights)[0])
+    assert launch(x[:0], weights)[0].shape == (0, 20)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    x, weights = case(16, 512, (40,))
+    alone = launch(x[3:4], weights)[0]
+    assert torch.equal(launch(x, weights)[0][3:4], alone)
+
+
+def test_tiles():
+    assert tiles(16, (4096, 512, 512), 2048) == {"ROWS": 16, "BLOCK_N": 32, "BLOCK_K": 256, "EVEN_K": True}
+    assert tiles(64, (2048,), 4096) == {"ROWS": 64, "BLOCK_N": 16, "BLOCK_K": 128, "EVEN_K": True}
