@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .loading import from_pretrained
     from .requests import Answer, Request
     from .sampling import sample
-    from .sharding import expert_parallel_state, shard_experts
+    from .sharding import expert_parallel_state, shard_experts, use_experts
 
 _PUBLIC = {
     "Answer": "requests",
@@ -28,6 +28,7 @@ _PUBLIC = {
     "from_pretrained": "loading",
     "sample": "sampling",
     "shard_experts": "sharding",
+    "use_experts": "sharding",
 }
 __all__ = [
     "Answer",
@@ -38,6 +39,7 @@ __all__ = [
     "from_pretrained",
     "sample",
     "shard_experts",
+    "use_experts",
 ]
 
 if importlib.util.find_spec("transformers") is not None:

@@ -66,13 +66,17 @@ _ACTIVATIONS: tuple[tuple[object, str], ...] = (
 )
 
 # Why the experts of these are out of reach; transformers accepts the setting for them and ignores it.
-_OUTSIDE_REASONS = {
+OUTSIDE_REASONS = {
+    "aria": "its experts run as two grouped products of its own, outside the interface, before transformers 5.23",
+    "dbrx": "its experts keep all their rows in one two-dimensional matrix",
+    "doge": "its experts are retrieved from product keys",
+    "jetmoe": "its experts split tokens with sizes read on the host",
     "llama4": "its experts run as one dense batched product over all experts",
     "longcat_flash": "its experts are a list of separate modules with identity experts among them",
-    "jetmoe": "its experts split tokens with sizes read on the host",
-    "doge": "its experts are retrieved from product keys",
+    "nllb_moe": "its experts are separate modules, chosen by a mask of tokens",
+    "step3p7": "its experts have a forward of their own that is not registered with the interface",
+    "switch_transformers": "its experts are separate modules, chosen by a mask of tokens",
 }
-
 
 # Names that the interface gives to what holds experts; transformers' own implementations know no others.
 EXPERT_PARAMETERS = frozenset(f"{part}_proj{bias}" for part in ("gate_up", "up", "down") for bias in ("", "_bias"))
@@ -129,12 +133,17 @@ def experts_modules(model: Model) -> dict[str, Experts]:
     found = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not found:
         kind = getattr(getattr(model, "config", None), "model_type", "?")
-        reason = _OUTSIDE_REASONS.get(kind, "none of its modules uses transformers' experts interface")
         raise UnsupportedModelError(
-            f"{type(model).__name__} (model type {kind!r}) is not supported by 'moe_ep': {reason}. "
-            "Setting the implementation on it has no effect; run it with transformers alone."
+            f"{type(model).__name__} (model type {kind!r}) is not supported by 'moe_ep': {outside_reason(kind)}. "
+            "transformers accepts the setting for it and ignores it; run it with transformers alone."
         )
     return found
+
+
+def outside_reason(model_type: str) -> str:
+    """Why the experts of a model without the interface are out of reach."""
+    family = next((name for name in OUTSIDE_REASONS if model_type == name or model_type.startswith(f"{name}_")), "")
+    return OUTSIDE_REASONS.get(family, "none of its modules uses transformers' experts interface")
 
 
 def expert_parameters(module: Experts) -> dict[str, nn.Parameter]:

@@ -15,7 +15,6 @@ from moe_ops.workspace import DEFAULT_TIMEOUT_S
 from . import experts, hf_compat
 from .errors import ShardingError, UnsupportedModelError
 from .experts import COMPUTES_METADATA, LOCAL_GROUP, LOCAL_START, STATE, ExpertParallelState
-from .gates import recognise
 from .hf_compat import Experts, Model
 
 EXPERT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,6 +67,17 @@ def shard_experts(
     return attach(
         model, group, max_tokens_per_rank=max_tokens_per_rank, top_k=top_k, transport=transport, timeout_s=timeout_s
     )
+
+
+def use_experts(model: Model) -> Model:
+    """``model.set_experts_implementation("moe_ep")`` with an error where transformers would ignore it.
+
+    For one process; works in place and returns ``model``. Raises ``UnsupportedModelError``.
+    """
+    hf_compat.refuse_quantized(model.config)
+    check_modules(hf_compat.experts_modules(model))
+    model.set_experts_implementation(experts.NAME)
+    return model
 
 
 def attach(
@@ -127,9 +137,8 @@ def _layer(name: str) -> tuple[str, str]:
 
 
 def check_modules(modules: dict[str, Experts]) -> None:
-    """Raise ``UnsupportedModelError`` for a gate, a dtype or a parameter that the fused op does not take."""
+    """Raise ``UnsupportedModelError`` for a dtype or a parameter that the ops do not take."""
     for name, module in modules.items():
-        recognise(module)
         for parameter in hf_compat.expert_parameters(module).values():
             if parameter.is_meta:
                 raise ShardingError(f"{name} is on the meta device; load its weights before sharding.")
