@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
@@ -33,7 +34,7 @@ from torch.fx import Graph, Node
 
 from moe_ops import transports
 from moe_ops.registration import register_op
-from moe_ops.workspace import resolve
+from moe_ops.workspace import Workspace, resolve
 
 from .effects import EffectOp, effect_ops, insert_effect, read
 from .errors import AgreementError
@@ -82,25 +83,27 @@ def fingerprint(ops: Sequence[EffectOp], group: str) -> str:
     return "; ".join(_compress([_describe(op) for op in ops if op.arguments["group_name"] == group]))
 
 
-# What must be equal on all ranks. Experts, capacity T and what a rank does with its own rows may differ.
-SHARED = ("hidden", "topk_ids", "topk_weights", "expert_output", "max_tokens")
+# What must be equal on all ranks. Experts, capacity T and what a rank does with its own rows may differ; a shared
+# expert beside a layer is its own business too.
+SAME_ON_THE_WIRE = {"moe_layer_shared": "moe_layer"}
+SHARED = ("hidden", "topk_ids", "topk_weights", "expert_output", "max_tokens", "entry_barrier")
 
 
 def _describe(op: EffectOp) -> str:
     """An op with the sizes that all ranks share."""
-    parts = []
+    parts, op_name = [], SAME_ON_THE_WIRE.get(op.name, op.name)
     for name in SHARED:
         value = op.arguments.get(name)
         if isinstance(value, Node):
-            parts.append(f"{name}={_describe_tensor(op.name, value.meta['val'])}")
+            parts.append(f"{name}={_describe_tensor(op_name, value.meta['val'])}")
         elif value is not None:
             parts.append(f"{name}={value}")
-    return f"{op.name}({', '.join(parts)})"
+    return f"{op_name}({', '.join(parts)})"
 
 
 def _describe_tensor(op: str, tensor: Tensor) -> str:
     sizes = [str(size) for size in tensor.shape]
-    if op == "agv_dispatch":
+    if op in ("agv_dispatch", "moe_layer"):
         sizes[0] = "T"  # of this rank
     return f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(sizes)}]"
 
@@ -131,8 +134,7 @@ def _repeats(lines: Sequence[str], start: int, period: int) -> int:
 
 # ---- the op ----
 
-_agreed: dict[str, dict[str, int]] = {}  # group -> text -> number of the meeting that agreed on it
-_meetings: dict[str, int] = {}
+_agreed: WeakKeyDictionary[Workspace, set[str]] = WeakKeyDictionary()  # what the ranks of a workspace have compared
 
 
 def agree(anchor: Tensor, text: str, group_name: str) -> None:
@@ -142,15 +144,15 @@ def agree(anchor: Tensor, text: str, group_name: str) -> None:
     a rank does not come within the workspace's ``timeout_s``.
     """
     workspace = resolve(group_name, "agree")
-    if workspace.group is None or workspace.world_size == 1 or text in _agreed.setdefault(group_name, {}):
+    if workspace.group is None or workspace.world_size == 1 or text in _agreed.setdefault(workspace, set()):
         return
-    meeting = _meetings[group_name] = _meetings.get(group_name, -1) + 1
     store = transports.group_store(workspace.group)
+    meeting = store.add(f"moe_ep/agree/{group_name}/meetings/{workspace.rank}", 1)
     key = f"moe_ep/agree/{group_name}/{meeting}"
     store.set(f"{key}/{workspace.rank}", text)
     for peer in range(workspace.world_size):
         _compare(store, f"{key}/{peer}", text, (workspace.rank, peer), workspace.config.timeout_s)
-    _agreed[group_name][text] = meeting
+    _agreed[workspace].add(text)
 
 
 def _compare(store: dist.Store, key: str, text: str, ranks: tuple[int, int], timeout_s: float) -> None:

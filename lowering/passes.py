@@ -4,6 +4,8 @@
 hoist_metadata       one ``metadata_update`` a step, however many layers ask for it
 fuse_combine         a cast, scaling and adds that follow ``rsv_combine`` become part of it
 comm_buffers         experts write into the combine's symmetric memory: nothing is copied in between
+join_layer           dispatch joins the experts and their combine: the gathered batch is no tensor any more
+overlap_shared       a shared expert runs beside its layer, on a stream of its own
 unroll_topk          a router's top-k becomes maxima, which Inductor joins with what is around them
 merge_products       a small batch times several weights is one launch
 elide_barriers       says of every wait for peers why it stays or is not needed; changes nothing
@@ -11,7 +13,8 @@ agreement            ranks compare what they compiled before they first communic
 ===================  ===========================================================================
 
 The order matters: ``hoist_metadata`` first, because it makes layers alike and shortens the chain of tokens;
-``fuse_combine`` before ``comm_buffers``, because the latter takes a combine with all that joined it;
+``fuse_combine`` before ``comm_buffers`` and that before ``join_layer``, because each takes what joined before;
+``overlap_shared`` behind them, because it needs the layer's one op, and adds that have joined it;
 ``agreement`` last, because it describes what is left. A graph without ops of ``moe_ep`` is left as it is.
 """
 
@@ -35,7 +38,9 @@ from .elide_barriers import ElideBarriers
 from .errors import UnknownPassError
 from .fuse_combine import FuseCombine
 from .hoist_metadata import HoistMetadata
+from .join_layer import JoinLayer
 from .merge_products import MergeProducts
+from .overlap_shared import OverlapShared
 from .report import RECENT, GraphReport, Outcome
 from .unroll_topk import UnrollTopk
 
@@ -52,6 +57,8 @@ PASSES: tuple[Pass, ...] = (
     HoistMetadata(),
     FuseCombine(),
     CommBuffers(),
+    JoinLayer(),
+    OverlapShared(),
     UnrollTopk(),
     MergeProducts(),
     ElideBarriers(),

@@ -8,7 +8,7 @@ run one after the other. Results are bit-equal to theirs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from .combine import _empty_output
 from .combine_add import Epilogue, Pairs, check_epilogue, combine_and_add, launch_combine_add
 from .errors import DtypeError
 from .fused_moe import fused_moe, launch_fused_moe_pairs
+from .local_combine import launch_local_combine
 from .registration import register_op
 from .shapes import check_dtype
 from .workspace import resolve
 
 _OP = "fused_moe_combine"
-_EXPERTS = (
+EXPERTS = (
     'str activation="silu", float? alpha=None, float? limit=None, bool gated=True, bool transposed=False, '
     "bool interleaved=False, Tensor? gate_up_bias=None, Tensor? down_bias=None, int? tokens_hint=None, "
     "bool batch_invariant=False"
@@ -44,28 +45,38 @@ def _fake(
 def _run(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, num_rows: int, addends: Sequence[Tensor], group_name: str, *,
-    scale: float = 1.0, round_each: bool = True, combine_dtype: torch.dtype | None = None, **experts: Any,
+    scale: float = 1.0, round_each: bool = True, combine_dtype: torch.dtype | None = None,
+    before_combine: Callable[[], object] | None = None, **experts: Any,
 ) -> Tensor:  # fmt: skip
+    """``before_combine`` is called when the addends must be there."""
     dtype, epilogue = combine_dtype or torch.bfloat16, Epilogue(addends, scale, round_each)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise DtypeError(f"{_OP}: combine_dtype = {combine_dtype}; pass bfloat16, float16 or float32.")
     check_epilogue(_OP, epilogue, hidden, num_rows, dtype)
     ws = resolve(group_name, _OP)
     arguments = (hidden, topk_ids, topk_weights, gate_up, down, metadata[0:1], local_expert_start)
-    if not hidden.is_cuda or ws.channel is None:
-        y = fused_moe(*arguments, **experts)
-        return combine_and_add(_OP, ws, y, local_tokens, metadata, num_rows, epilogue, dtype)
-    check_dtype(_OP, "hidden", hidden, (ws.config.dtype,))
-    ws.check_call(_OP, rows=num_rows, hidden_size=hidden.shape[1], top_k=topk_ids.shape[1], device=hidden.device)
-    ws.check()
-    pairs = Pairs(*launch_fused_moe_pairs(*arguments, **experts), local_expert_start, gate_up.shape[0])
-    return launch_combine_add(ws.channel, pairs, local_tokens, metadata, num_rows, epilogue, dtype)
+    one_kernel = hidden.is_cuda and (ws.channel is not None or ws.world_size == 1)
+    if one_kernel and ws.world_size > 1:
+        check_dtype(_OP, "hidden", hidden, (ws.config.dtype,))
+        ws.check_call(_OP, rows=num_rows, hidden_size=hidden.shape[1], top_k=topk_ids.shape[1], device=hidden.device)
+        ws.check()
+    if one_kernel:
+        experts_output = Pairs(*launch_fused_moe_pairs(*arguments, **experts), local_expert_start, gate_up.shape[0])
+    else:
+        experts_output = fused_moe(*arguments, **experts)
+    if before_combine is not None:
+        before_combine()
+    if not isinstance(experts_output, Pairs):
+        return combine_and_add(_OP, ws, experts_output, local_tokens, metadata, num_rows, epilogue, dtype)
+    if ws.channel is None:
+        return launch_local_combine(experts_output, local_tokens, num_rows, epilogue, dtype)
+    return launch_combine_add(ws.channel, experts_output, local_tokens, metadata, num_rows, epilogue, dtype)
 
 
 fused_moe_combine = register_op(
     "fused_moe_combine(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor gate_up, Tensor down, "
     "Tensor local_tokens, Tensor metadata, int local_expert_start, int num_rows, Tensor[] addends, str group_name, *, "
-    f"float scale=1.0, bool round_each=True, ScalarType? combine_dtype=None, {_EXPERTS}) -> Tensor",
+    f"float scale=1.0, bool round_each=True, ScalarType? combine_dtype=None, {EXPERTS}) -> Tensor",
     fake=_fake,
     cpu=_run,
     cuda=_run,

@@ -162,4 +162,4 @@ def test_a_difference_is_an_error_that_shows_both(tmp_path: Path, case: str):
 def test_a_rank_that_does_not_come_is_an_error_not_a_hang(tmp_path: Path):
     first, _ = two_ranks(tmp_path, "absent")
     assert "rank 1 did not come to compare graphs within 5 s" in first["error"]
-    assert "Rank 0 is about to run: metadata_update(); agv_dispatch(" in first["error"]
+    assert "Rank 0 is about to run: metadata_update(); moe_layer(" in first["error"]

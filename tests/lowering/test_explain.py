@@ -27,7 +27,7 @@ def test_text_and_json_say_the_same():
         """\
 lowering: on
 graphs: 1, graph breaks: 0, partitions: 0, cudagraph skips: 0
-ops: 1 agree, 2 metadata_update, 3 agv_dispatch, 3 fused_moe_combine
+ops: 1 agree, 2 metadata_update, 3 moe_layer
 graph 0:
   hoist_metadata: 1 done, 1 refused
     + with_effects_3: reads with_effects instead
@@ -40,25 +40,26 @@ graph 0:
     + with_effects_9: fused_moe and with_effects_2 share a slot, 512 bytes stay unwritten
     + with_effects_10: fused_moe_1 and with_effects_5 share a slot, 512 bytes stay unwritten
     + with_effects_11: fused_moe_2 and with_effects_8 share a slot, 512 bytes stay unwritten
-  elide_barriers: 8 done, 8 refused
+  join_layer: 3 done, 0 refused
+    + with_effects_12: with_effects_1 and with_effects_9; the gathered batch, 512 bytes, stays inside
+    + with_effects_13: with_effects_4 and with_effects_10; the gathered batch, 512 bytes, stays inside
+    + with_effects_14: with_effects_7 and with_effects_11; the gathered batch, 512 bytes, stays inside
+  overlap_shared: 0 done, 0 refused
+  unroll_topk: 0 done, 0 refused
+  merge_products: 0 done, 0 refused
+  elide_barriers: 5 done, 5 refused
     + with_effects: no reuse wait; the group's last op before this graph met all ranks
-    + with_effects_1: no reuse wait; the group's last op before this graph met all ranks
-    + with_effects_9: no reuse wait; its slot was with_effects's, and with_effects_1 met all ranks since
-    + with_effects_4: no reuse wait; its slot was with_effects_1's, and with_effects_9 met all ranks since
-    + with_effects_10: no reuse wait; its slot was with_effects_9's, and with_effects_4 met all ranks since
-    + with_effects_6: no reuse wait; its slot was with_effects_4's, and with_effects_10 met all ranks since
-    + with_effects_7: no reuse wait; its slot was with_effects_10's, and with_effects_6 met all ranks since
-    + with_effects_11: no reuse wait; its slot was with_effects_6's, and with_effects_7 met all ranks since
+    + with_effects_12: entry wait dropped; the layer batch was last read by an earlier graph's layer, whose experts ended before with_effects met all ranks
+    + with_effects_13: entry wait dropped; the layer batch was last read by with_effects_12, whose experts ended before with_effects_12 met all ranks
+    + with_effects_6: no reuse wait; its slot was with_effects_12's, and with_effects_13 met all ranks since
+    + with_effects_14: entry wait dropped; the layer batch was last read by with_effects_13, whose experts ended before with_effects_6 met all ranks
     - with_effects: arrival: metadata_update reads the counts of all ranks, written in this call
-    - with_effects_1: arrival: agv_dispatch reads the rows of all ranks, written in this call
-    - with_effects_9: arrival: fused_moe_combine reads the partial sums of all ranks, written in this call
-    - with_effects_4: arrival: agv_dispatch reads the rows of all ranks, written in this call
-    - with_effects_10: arrival: fused_moe_combine reads the partial sums of all ranks, written in this call
+    - with_effects_12: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call
+    - with_effects_13: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call
     - with_effects_6: arrival: metadata_update reads the counts of all ranks, written in this call
-    - with_effects_7: arrival: agv_dispatch reads the rows of all ranks, written in this call
-    - with_effects_11: arrival: fused_moe_combine reads the partial sums of all ranks, written in this call
+    - with_effects_14: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call
   agreement: 1 done, 0 refused
-    + group 'local': metadata_update(); 2 x [agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); fused_moe_combine(hidden=bfloat16[8,32], topk_ids=int64[8,2], topk_weights=bfloat16[8,2])]; metadata_update(); agv_dispatch(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8); fused_moe_combine(hidden=bfloat16[8,32], topk_ids=int64[8,2], topk_weights=bfloat16[8,2])
+    + group 'local': metadata_update(); 2 x [moe_layer(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8, entry_barrier=False)]; metadata_update(); moe_layer(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8, entry_barrier=False)
 copies around the ops: 0""",  # noqa: E501
     )
     data = json.loads(explanation.to_json())

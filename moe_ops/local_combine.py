@@ -1,0 +1,48 @@
+"""The combine of a group of one rank, with what is joined to it, as one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .combine import _empty_output
+from .combine_add import Epilogue, Pairs
+from .comm_launch import is_aligned, rows_of
+
+_OCTETS = 128  # of a row in one program: 1024 elements, an access of 16 bytes a thread
+
+
+def launch_local_combine(
+    source: Tensor | Pairs, local_tokens: Tensor, num_rows: int, epilogue: Epilogue, out_dtype: torch.dtype | None
+) -> Tensor:
+    """``(num_rows, H)``: the live rows of ``source``, rounded, scaled, plus the addends; dead rows count as zeros.
+
+    ``source``: expert output (M, H) with M >= num_rows, or its pairs (M * K, H).
+    """
+    from .combine_add_kernels import Routing
+    from .local_combine_kernels import _local_combine_kernel
+
+    pairs = source if isinstance(source, Pairs) else None
+    rows = pairs.rows if pairs is not None else source
+    assert isinstance(rows, Tensor)
+    out = _empty_output(rows, num_rows, out_dtype)
+    if out.numel() == 0:
+        return out
+    routing = Routing(*pairs[1:]) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0)
+    blocks = -(-rows.shape[1] // (8 * _OCTETS))
+    _local_combine_kernel[(num_rows, blocks)](
+        rows_of(rows),
+        routing,
+        rows_of(out),
+        tuple(map(rows_of, epilogue.addends)) or (rows_of(out),),
+        epilogue.scale,
+        local_tokens,
+        N=_OCTETS,
+        TOP_K=pairs.topk_ids.shape[1] if pairs is not None else 0,
+        ADDENDS=len(epilogue.addends),
+        ROUND_EACH=epilogue.round_each,
+        ALIGNED_IN=is_aligned(rows),
+        ALIGNED_OUT=all(map(is_aligned, (out, *epilogue.addends))),
+        num_warps=4,  # pyright: ignore[reportCallIssue]
+    )
+    return out

@@ -1,0 +1,175 @@
+"""A shared expert moves into its layer's op, bits as Inductor's code has them, or the reason why not is reported."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch._inductor import config
+
+import lowering
+from lowering import torch_compat
+from lowering.passes import Options, run_passes
+from tests.lowering.layers import H, batch, inference_graph, routed, text, weights
+
+COUNT = torch.tensor([5], dtype=torch.int32)
+S = 48
+
+
+def shared_weights() -> dict[str, Tensor]:
+    """As transformers stores them: (out, in)."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = {"gate": (S, H), "up": (S, H), "both": (2 * S, H), "down": (H, S), "sigmoid": (1, H)}
+    return {name: (torch.randn(*size, generator=generator) / 4).bfloat16() for name, size in sizes.items()}
+
+
+def mlp(x: Tensor, s: dict[str, Tensor]) -> Tensor:
+    return F.linear(F.silu(F.linear(x, s["gate"])) * F.linear(x, s["up"]), s["down"])
+
+
+def deepseek(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    """As in transformers: three dimensions around, two inside."""
+    x = x.view(2, 4, H)
+    return x + (routed(x.view(-1, H), w, count).view(2, 4, H) + mlp(x, s))
+
+
+def added_at_once(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    return x + (routed(x, w, count) + mlp(x, s))
+
+
+def one_projection(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    gate, up = F.linear(x, s["both"]).chunk(2, -1)
+    return routed(x, w, count) + F.linear(up * F.silu(gate), s["down"])
+
+
+def qwen2_moe(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    return x + (routed(x, w, count) + torch.sigmoid(F.linear(x, s["sigmoid"])) * mlp(x, s))
+
+
+def two_layers(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    return qwen2_moe(deepseek(x, w, s, count).view(-1, H), w, s, count)
+
+
+MODELS = (deepseek, added_at_once, one_projection, qwen2_moe, two_layers)
+
+
+def activation_read_twice(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    act = F.silu(F.linear(x, s["gate"])) * F.linear(x, s["up"])
+    return routed(x, w, count) + F.linear(act, s["down"]) + F.linear(act.relu(), s["down"])
+
+
+def projection_read_twice(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    up = F.linear(x, s["up"])
+    return routed(x, w, count) + F.linear(F.silu(F.linear(x, s["gate"])) * up, s["down"]) + F.linear(up, s["down"])
+
+
+def of_another_input(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    return routed(x, w, count) + mlp(x + 1, s)
+
+
+def halves_swapped(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    up, gate = F.linear(x, s["both"]).chunk(2, -1)
+    return routed(x, w, count) + F.linear(F.silu(gate) * up, s["down"])
+
+
+def another_activation(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    return routed(x, w, count) + F.linear(F.gelu(F.linear(x, s["gate"])) * F.linear(x, s["up"]), s["down"])
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with config.patch(force_disable_caches=True):
+        yield
+    torch_compat.install_pass(None)
+    lowering.enable()
+
+
+def lower(model: Callable, rounding: str = "compiled") -> tuple[str, list[str], list[str]]:
+    module, _ = inference_graph(model, batch(), weights(), shared_weights(), COUNT)
+    outcome = run_passes(module.graph, Options(frozenset({"agreement"}), rounding)).outcome("overlap_shared")
+    return text(module.graph), outcome.done, [f"{refusal.node}: {refusal.reason}" for refusal in outcome.refused]
+
+
+def test_the_graph_of_a_layer():
+    graph, done, refused = lower(deepseek)
+    assert_expected_inline(
+        "\n".join(graph.splitlines()[-14:]),
+        """\
+getitem_3 = topk[1]
+slice_1 = slice.Tensor(getitem_1, 0, 0, 1)
+permute = permute(in3, [1, 0])
+permute_1 = permute(in4, [1, 0])
+permute_2 = permute(in5, [1, 0])
+with_effects_5 = !moe_layer_shared(getitem, view_1, getitem_3, getitem_2, in6, in7, in1, getitem_1, 0, 8, [], view_1, [permute, permute_1], permute_2, -1, 'local', entry_barrier=False, scale=1.0, round_each=True, combine_dtype=None, activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False, shared_round_each=False)
+getitem_14 = with_effects_5[0]
+getitem_15 = with_effects_5[1]
+view_2 = view(getitem_15, [2, 4, 32])
+getitem_16 = with_effects_5[2]
+view_8 = view(getitem_16, [2, 4, 32])
+add_1 = add.Tensor(view_2, view_8)
+add_2 = add.Tensor(view, add_1)
+return (add_2)""",
+    )  # noqa: E501
+    assert done == ["with_effects_5: mm_3 of permute, permute_1 runs beside the layer"] and not refused
+
+
+def test_what_is_done_and_refused():
+    lines = []
+    for model in (
+        *MODELS, activation_read_twice, projection_read_twice, of_another_input, halves_swapped, another_activation,
+    ):  # fmt: skip
+        for rounding in ("compiled", "eager"):
+            graph, done, refused = lower(model, rounding)
+            assert graph.count("!moe_layer_shared") == len(done)
+            lines.append(f"{model.__name__} {rounding}: {'; '.join([*done, *refused]) or 'nothing found'}")
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+deepseek compiled: with_effects_5: mm_3 of permute, permute_1 runs beside the layer
+deepseek eager: with_effects_5: mm_3 of permute, permute_1 runs beside the layer
+added_at_once compiled: with_effects_5: mul of permute, permute_1 runs beside the layer, its last product stays behind (addmm)
+added_at_once eager: with_effects_6: mm_3 of permute, permute_1 runs beside the layer
+one_projection compiled: with_effects_5: mul of permute runs beside the layer, its last product stays behind (addmm)
+one_projection eager: with_effects_6: mm_2 of permute runs beside the layer
+qwen2_moe compiled: with_effects_5: mm_4 of permute_1, permute_2 runs beside the layer
+qwen2_moe eager: with_effects_5: mm_4 of permute_1, permute_2 runs beside the layer
+two_layers compiled: with_effects_10: mm_3 of permute, permute_1 runs beside the layer; with_effects_11: mm_8 of permute_4, permute_5 runs beside the layer
+two_layers eager: with_effects_10: mm_3 of permute, permute_1 runs beside the layer; with_effects_11: mm_8 of permute_4, permute_5 runs beside the layer
+activation_read_twice compiled: mul: mm_3, relu: no single matrix product reads it
+activation_read_twice eager: mul: mm_3, relu: no single matrix product reads it
+projection_read_twice compiled: mul: mm has 2 readers
+projection_read_twice eager: mul: mm has 2 readers
+of_another_input compiled: nothing found
+of_another_input eager: nothing found
+halves_swapped compiled: nothing found
+halves_swapped eager: nothing found
+another_activation compiled: nothing found
+another_activation eager: nothing found""",
+    )  # noqa: E501
+
+
+def run(model: Callable) -> Tensor:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(model, fullgraph=True)(batch(), weights(), shared_weights(), COUNT)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_bits_are_those_of_the_unlowered_code(model: Callable):
+    lowering.enable(rounding="compiled")
+    explanation = lowering.explain(model, batch(), weights(), shared_weights(), COUNT)
+    assert explanation.ops["moe_layer_shared"] >= 1 and not explanation.copies, explanation
+    lowered = run(model)
+    lowering.disable()
+    assert torch.equal(lowered, run(model))
+
+
+def test_rounding_after_each_step_where_torch_does():
+    with config.patch(emulate_precision_casts=True):
+        lowering.enable(rounding="compiled")
+        lowered = run(qwen2_moe)
+        lowering.disable()
+        assert torch.equal(lowered, run(qwen2_moe))

@@ -1,0 +1,100 @@
+"""moe_layer and moe_layer_shared: bit-equal to dispatch, experts, combine and the ops around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_ops.errors import ArgumentError, ShapeError
+
+ops = torch.ops.moe_ep
+M, T, H, K, E, I, S = 6, 4, 32, 2, 4, 16, 24
+COUNT = torch.tensor([3], dtype=torch.int32)
+METADATA = torch.tensor([3, 0, 3], dtype=torch.int32)
+
+
+def arguments(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Row 3 is not live: its weight is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        "hidden": torch.randn(T, H, generator=generator).to(dtype),
+        "topk_ids": torch.randint(0, E, (T, K), generator=generator),
+        "topk_weights": torch.rand(T, K, generator=generator),
+        "gate_up": (torch.randn(E, 2 * I, H, generator=generator) / 4).to(dtype),
+        "down": (torch.randn(E, H, I, generator=generator) / 4).to(dtype),
+    }
+    values["topk_weights"][3] = torch.nan
+    return values
+
+
+def shared_weights() -> tuple[Tensor, Tensor, Tensor]:
+    """gate (H, S), up (H, S), down (S, H); the first two as views of what HF stores."""
+    generator = torch.Generator().manual_seed(1)
+    gate, up = (torch.randn(S, H, generator=generator).bfloat16() for _ in range(2))
+    return gate.T, up.T, torch.randn(S, H, generator=generator).bfloat16()
+
+
+def alone(values: dict[str, Tensor], addends: list[Tensor], max_tokens: int = M, **options: object) -> Tensor:
+    hidden, ids, weights, gate_up, down = values.values()
+    rows, ids, weights = ops.agv_dispatch(hidden, ids, weights, COUNT, METADATA, max_tokens, "local")
+    y = ops.fused_moe(rows, ids, weights, gate_up, down, METADATA[0:1], 0, **options)
+    out = ops.rsv_combine(y, COUNT, METADATA, T, "local")
+    for addend in addends:
+        out = out + addend
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"tokens_hint": 2, "batch_invariant": True}], ids=str)
+@pytest.mark.parametrize("max_tokens", [T, M])
+def test_equals_the_ops_alone(options: dict, max_tokens: int):
+    values, addends = arguments(), [torch.randn(T, H).bfloat16() for _ in range(2)]
+    joined = ops.moe_layer(*values.values(), COUNT, METADATA, 0, max_tokens, addends, "local", **options)
+    assert torch.equal(joined, alone(values, addends, max_tokens, **options))
+    assert torch.equal(joined[3], addends[0][3] + addends[1][3])  # a dead row
+
+
+@pytest.mark.parametrize("position", [-1, 0, 1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_shared_expert_beside(position: int, fused: bool):
+    values, (gate, up, down) = arguments(), shared_weights()
+    weights = [torch.cat([gate, up], 1)] if fused else [gate, up]
+    addend = torch.randn(T, H).bfloat16()
+    x = values["hidden"]
+    act = (F.silu((x @ gate).float()) * (x @ up).float()).bfloat16()
+    out, beside = ops.moe_layer_shared(
+        *values.values(), COUNT, METADATA, 0, M, [addend], x, weights, down, position, "local"
+    )
+    assert torch.equal(beside, act @ down)
+    order = {-1: [addend], 0: [beside, addend], 1: [addend, beside]}[position]
+    assert torch.equal(out, alone(values, order))
+
+
+def test_without_its_last_product_and_rounded_after_each_step():
+    values, (gate, up, _) = arguments(), shared_weights()
+    x = values["hidden"]
+    call = (*values.values(), COUNT, METADATA, 0, M, [], x, [gate, up], None, -1, "local")
+    _, once = ops.moe_layer_shared(*call)
+    _, each = ops.moe_layer_shared(*call, shared_round_each=True)
+    assert torch.equal(once, (F.silu((x @ gate).float()) * (x @ up).float()).bfloat16())
+    assert torch.equal(each, F.silu(x @ gate) * (x @ up)) and not torch.equal(once, each)
+
+
+def test_opcheck():
+    values, (gate, up, down) = arguments(), shared_weights()
+    addends = [torch.randn(T, H).bfloat16()]
+    torch.library.opcheck(ops.moe_layer, (*values.values(), COUNT, METADATA, 0, M, addends, "local"))
+    shared = (values["hidden"], [gate, up], down, 1)
+    torch.library.opcheck(ops.moe_layer_shared, (*values.values(), COUNT, METADATA, 0, M, addends, *shared, "local"))
+
+
+def test_mistakes_are_named():
+    values, (gate, up, down) = arguments(), shared_weights()
+    x, call = values["hidden"], (*values.values(), COUNT, METADATA, 0, M, [])
+    with pytest.raises(ShapeError, match=r"moe_layer_shared: shared_gate_up\[1\] is \(32, 23\)"):
+        ops.moe_layer_shared(*call, x, [gate, up[:, :-1]], down, -1, "local")
+    with pytest.raises(ArgumentError, match="3 tensors in shared_gate_up"):
+        ops.moe_layer_shared(*call, x, [gate, up, up], down, -1, "local")
+    with pytest.raises(ShapeError, match="shared_position = 0, but the shared expert does not return"):
+        ops.moe_layer_shared(*call, x, [gate, up], None, 0, "local")
