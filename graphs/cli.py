@@ -188,7 +188,7 @@ def run_here(job: DecodeJob, on_event: Emit) -> DecodeReport | None:
     from .job import run_rank
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with launch.process_group(launch.rank_device(job.device, launch.local_rank()), rank, world_size, "env://"):
+    with launch.process_group(launch.rank_device(job.device, launch.local_rank()), rank, world_size):
         return run_rank(rank, world_size, job, on_event)
 
 

@@ -95,16 +95,18 @@ class IndexedSlotLayer(SlotLayer):
     def __init__(self, batch: int, max_len: int, rows: Rows, owner: SlotLayer | None = None):
         super().__init__(batch, max_len, rows, owner)
         self.indexer_keys: Any = None
+        self.is_indexer_initialized = False
         self.indexer_cumulative_length = torch.tensor(0)  # transformers' own counter, not used here
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Store (R, C, D); returns (R, L, D)."""
         store: Any = self.owner or self
-        if store.indexer_keys is None:
+        if not store.is_indexer_initialized:
             example = indexer_key_states.new_empty(self.slot_count, 1, indexer_key_states.shape[-1])
             cache_utils.StaticIndexedLayer.lazy_initialization_indexer(store, example)
         columns = self.rows.targets(indexer_key_states.shape[1], self.max_cache_len)
-        return self._write(store.indexer_keys[:, None], columns, indexer_key_states[:, None])[:, 0]
+        keys: Tensor = store.indexer_keys
+        return self._write(keys[:, None], columns, indexer_key_states[:, None])[:, 0]
 
 
 class SlotCache(cache_utils.Cache):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from .errors import RankFailedError
 
+HERE = "127.0.0.1"
 GRACE_S = 3.0  # after a failure: time for the other ranks to say what they saw
 Emit = Callable[[Any], None]
 RankFunction = Callable[[int, int, Any, Emit], Any]  # (rank, world size, job, emit) -> result
@@ -31,14 +31,15 @@ def under_torchrun() -> bool:
 
 
 @contextmanager
-def process_group(device: torch.device, rank: int, world_size: int, init_method: str) -> Iterator[None]:
-    """The default group for one rank: gloo on the CPU, NCCL on GPUs."""
+def process_group(device: torch.device, rank: int, world_size: int, store: dist.Store | None = None) -> Iterator[None]:
+    """The default group for one rank: gloo on the CPU, NCCL on GPUs. Without ``store``, a launcher's environment."""
     backend = "gloo"
     kwargs: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend, kwargs = "nccl", {"device_id": device}
-    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, **kwargs)
+    init = {"store": store} if store is not None else {"init_method": "env://"}
+    dist.init_process_group(backend, rank=rank, world_size=world_size, **init, **kwargs)
     try:
         yield
     finally:
@@ -66,19 +67,19 @@ def run_ranks(function: RankFunction, job: Any, *, ranks: int, device: str, on_e
     are ended and ``RankFailedError`` tells what each one said.
     """
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="moe-ep-") as folder:
-        started: list[_Rank] = []
-        try:
-            for rank in range(ranks):
-                ours, theirs = context.Pipe(duplex=False)
-                arguments = (function, job, rank, ranks, device, f"file://{folder}/store", theirs)
-                process = context.Process(target=_child, args=arguments, daemon=True)
-                process.start()
-                theirs.close()
-                started.append(_Rank(process, ours))
-            _collect(started, on_event)
-        finally:
-            _end(started)
+    store = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)  # lives on if rank 0 dies
+    started: list[_Rank] = []
+    try:
+        for rank in range(ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (function, job, rank, ranks, device, store.port, theirs)
+            process = context.Process(target=_child, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            started.append(_Rank(process, ours))
+        _collect(started, on_event)
+    finally:
+        _end(started)
     return [rank.result for rank in started]
 
 
@@ -127,12 +128,13 @@ def _end(ranks: list[_Rank]) -> None:
 
 
 def _child(
-    function: RankFunction, job: Any, rank: int, ranks: int, device: str, init_method: str, messages: Connection
+    function: RankFunction, job: Any, rank: int, ranks: int, device: str, port: int, messages: Connection
 ) -> None:
     """Body of a started rank. Its stdout joins stderr, so that the parent's stdout stays the command's own."""
     os.dup2(2, 1)
     try:
-        with process_group(rank_device(device, rank), rank, ranks, init_method):
+        store = dist.TCPStore(HERE, port, is_master=False)
+        with process_group(rank_device(device, rank), rank, ranks, store):
             result = function(rank, ranks, job, lambda value: messages.send(("event", value)))
             messages.send(("result", result))
     except BaseException as error:

@@ -8,6 +8,7 @@ On GPUs, with the transport that the machine offers:
 from __future__ import annotations
 
 import os
+import random
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from lowering.torch_compat import compile_counts
 from moe_ops import get_workspace
 from moe_ops.errors import CapacityError
 from tests.graphs.model_cases import FAMILIES, GraphKeeper, plain_answers, plain_model, prompts_of
+from tests.graphs.serve_cases import LONGEST, arrivals, served_model
 
 TOKENS = 12
 # One workspace serves a group, so all models here share these sizes: H = 128 and K = 2, as the tiny models have.
@@ -96,6 +98,23 @@ def check_chunked_prefill(rank: int, folder: Path) -> None:
     assert loop.tokens() == expected
 
 
+def check_serving(rank: int, folder: Path) -> None:
+    """Requests come and go on both ranks, rank 1 has fewer: each answer is that of the request alone, from one graph."""
+    model = graphs.from_pretrained(folder / "deepseek_v3", **SIZES)
+    keeper, before = GraphKeeper(), compile_counts()
+    options: dict[str, Any] = {"sampler": graphs.sample, "batch_invariant": True, "backend": keeper}
+    loop = graphs.DecodeLoop(model, batch=3 + rank, max_len=LONGEST, look_every=4, **options)
+    answers = list(loop.serve(arrivals(random.Random(rank), 6 - 4 * rank)))
+    alone = graphs.DecodeLoop(served_model("deepseek_v3"), batch=1, max_len=LONGEST, sampler=graphs.sample)
+    alone._run_step = alone._step  # one process, nothing compiled
+    for answer in answers:
+        (wanted,) = alone.serve([answer.request])
+        assert (answer.tokens, answer.reason) == (wanted.tokens, wanted.reason)
+    after = compile_counts()
+    assert len(answers) == 6 - 4 * rank and after.graphs - before.graphs == 1
+    assert keeper.integer_inputs() == keeper.unbacked() == []
+
+
 def check_plain_forward(rank: int, folder: Path) -> None:
     """Outside a loop all rows of a forward count, whatever their number on each rank."""
     ids = torch.tensor(prompts_of([5 + rank] * 2, seed=rank))
@@ -106,12 +125,19 @@ def check_plain_forward(rank: int, folder: Path) -> None:
 
 
 def check_generate(rank: int, folder: Path) -> None:
-    """transformers' own loop on the sharded model, every rank its own prompt."""
+    """transformers' own loop on the sharded model, every rank its own prompt; rank 1 stops early."""
     ids = torch.tensor(prompts_of([4 + rank], seed=rank))
-    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "synced_gpus": True}
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    plain = plain_model("qwen3_moe")
+    answer = plain.generate(ids, **options)
+    if rank == 1:
+        options["eos_token_id"] = int(answer[0, -4])
+    expected = plain.generate(ids, **options)
+    assert expected.shape[1] == ids.shape[1] + (6 if rank == 0 else 3)
     model = graphs.from_pretrained(folder / "qwen3_moe", **SIZES)
-    expected = plain_model("qwen3_moe").generate(ids, max_new_tokens=5, do_sample=False)
-    assert torch.equal(model.generate(ids, **options), expected)
+    for cache in ({}, {"cache_implementation": "static"}):
+        got = model.generate(ids, synced_gpus=True, **options, **cache)
+        assert torch.equal(got[:, : expected.shape[1]], expected), cache
 
 
 def check_errors_reach_every_rank(rank: int, folder: Path) -> None:
@@ -121,9 +147,11 @@ def check_errors_reach_every_rank(rank: int, folder: Path) -> None:
         graphs.DecodeLoop(model, batch=1, max_len=10 + rank)
     with _raises(CapacityError, "batch=65 exceeds max_tokens_per_rank=64"):
         graphs.DecodeLoop(model, batch=65 if rank == 0 else 1, max_len=10)
-    loop = graphs.DecodeLoop(model, batch=1, max_len=10)
+    loop = graphs.DecodeLoop(model, batch=1, max_len=10, compile=False)
     with _raises(RequestError, "rank 1: a prompt of 10 tokens"):
         loop.prefill([[1] * (10 if rank == 1 else 2)])
+    with _raises(RequestError, r"about to run \[3, 4\] steps; make the same calls"):
+        loop.run(3 + rank)
     with _raises(CapacityError, "66 tokens exceeds max_tokens_per_rank=64"), torch.no_grad():
         model(torch.ones(2, 33, dtype=torch.long))
 
@@ -158,6 +186,7 @@ CHECKS: dict[str, Callable[[int, Path], None]] = {
     "inductor, changing live counts": check_inductor_with_changing_live_counts,
     "uneven split": check_uneven_split,
     "chunked prefill": check_chunked_prefill,
+    "serving": check_serving,
     "plain forward": check_plain_forward,
     "generate": check_generate,
     "errors reach every rank": check_errors_reach_every_rank,
