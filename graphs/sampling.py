@@ -61,7 +61,7 @@ def exponential(seed: Tensor, positions: Tensor, size: int) -> Tensor:
     """Independent exponential numbers, one a token: seed (B,), positions (B,) int64 -> (B, size) fp32, above 0."""
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     key = _mix(_mix(_mix(low) ^ high) ^ (positions & 0xFFFFFFFF))  # [B]
-    token = _mix(torch.arange(size, device=seed.device) + 0x9E3779B9)
+    token = _mix(torch.arange(size, device=seed.device))  # nothing added: Inductor keeps an index in 32 bits
     bits = _mix(key[:, None] ^ token)  # [B, size], 32 of them
     # A 32-bit draw is exact near 0, where the race is decided; 1.0 at the other end only means "last".
     uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
