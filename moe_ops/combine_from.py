@@ -3,9 +3,9 @@
 The expert output lies in a buffer that the caller holds on every rank (``Workspace.empty`` or
 ``Workspace.layer_output``): nothing is copied in, peers pull their rows. The rest is ``rsv_combine_add``: scale and
 addends, which may be none. By default the op is safe alone: after the last load the ranks meet, so that whatever
-comes next may overwrite the buffer. ``exit_barrier=False`` leaves that meeting out; legal where every rank meets all others, in
-any communication op of the group, before it writes to the buffer again (docs/protocol.md): in strict turns of
-dispatch_into, experts and combine_from it always is.
+comes next may overwrite the buffer. ``exit_barrier=False`` leaves that meeting out; legal where every rank meets all
+others, in any communication op of the group, before it writes to the buffer again (docs/protocol.md): in strict turns
+of dispatch_into, experts and combine_from it always is, if the experts count rows by what dispatch_into returned.
 
 ``combine_from(ws, expert_output, local_tokens, metadata, num_rows, epilogue, ...)`` is the launcher that other ops
 compose.

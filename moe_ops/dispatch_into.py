@@ -6,6 +6,10 @@ the ranks meet, so that nobody's earlier work still reads its buffers. ``entry_b
 legal where every rank has met all others, in any communication op of the group, since it last used the buffers
 (docs/protocol.md): in strict turns of dispatch_into, experts and combine it always is.
 
+It returns how many rows there are: ``valid_tokens``, or 0 where a rank did not come. Whoever computes from the gathered
+rows into a buffer of ``rsv_combine_from(exit_barrier=False)`` takes that count, so that in a workspace that gave up
+nothing is overwritten which a healthy rank may still read.
+
 ``dispatch_into(ws, batch, local_tokens, metadata, out, entry_barrier=...)`` is the launcher that other ops compose.
 """
 
@@ -56,18 +60,20 @@ def launch_dispatch_into(
     *,
     entry_barrier: bool = True,
     launch: Launch | None = None,
-) -> None:
+) -> Tensor:
     """The kernel over symmetric memory: one launch, one barrier, or two with ``entry_barrier``."""
     from .dispatch_into_kernels import _dispatch_into_kernel
     from .dispatch_kernels import Batch as KernelBatch
 
     layout = channel.layout
     places = KernelBatch(*(place_of(_OP, name, tensor, buffers) for name, tensor in zip(_NAMES, out, strict=True)))
+    live = metadata.new_empty(1)
     launch = launch or choose_launch(_OP, out.hidden.shape[0], layout.hidden_row, out.hidden.device.type)
     _dispatch_into_kernel[(launch.blocks,)](
         channel.peers(),
         KernelBatch(*map(rows_of, batch)),
         places,
+        live,
         local_tokens,
         metadata,
         min(batch.hidden.shape[0], layout.max_tokens_per_rank),
@@ -79,6 +85,7 @@ def launch_dispatch_into(
         ENTRY=entry_barrier,
         num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
     )
+    return live
 
 
 def dispatch_into(
@@ -89,9 +96,10 @@ def dispatch_into(
     out: Batch,
     *,
     entry_barrier: bool = True,
-) -> None:
+) -> Tensor:
     """Gather ``batch`` (T rows) of all ranks into ``out`` (M rows); ids of rows >= valid_tokens become -1.
 
+    Returns the number of gathered rows, (1,) int32: 0 in a workspace that gave up.
     Raises ``SymmetricMemoryError`` where ``out`` is not memory of ``ws.empty``.
     """
     _check(batch, local_tokens, metadata, out)
@@ -104,13 +112,14 @@ def dispatch_into(
         collectives.check_counts_on_host(_OP, local_tokens, hidden.shape[0])
     if ws.channel is None:
         _copy_collective(ws, batch, local_tokens, metadata, out)
-        return
+        return metadata[0:1].clone()
     check_dtype(_OP, "hidden", hidden, (ws.config.dtype,))
-    launch_dispatch_into(
+    live = launch_dispatch_into(
         ws.channel, ws.buffers, batch, local_tokens, metadata, out, entry_barrier=entry_barrier
     )  # fmt: skip
     if not hidden.is_cuda:
         ws.check()
+    return live
 
 
 def _copy_collective(ws: Workspace, batch: Batch, local_tokens: Tensor, metadata: Tensor, out: Batch) -> None:
@@ -125,25 +134,26 @@ def _copy_collective(ws: Workspace, batch: Batch, local_tokens: Tensor, metadata
 def _fake(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, local_tokens: Tensor, metadata: Tensor,
     out_hidden: Tensor, out_ids: Tensor, out_weights: Tensor, group_name: str, *, entry_barrier: bool = True,
-) -> None:  # fmt: skip
+) -> Tensor:  # fmt: skip
     _check(
         Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, Batch(out_hidden, out_ids, out_weights)
     )  # fmt: skip
+    return metadata.new_empty(1)
 
 
 def _run(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, local_tokens: Tensor, metadata: Tensor,
     out_hidden: Tensor, out_ids: Tensor, out_weights: Tensor, group_name: str, *, entry_barrier: bool = True,
-) -> None:  # fmt: skip
+) -> Tensor:  # fmt: skip
     batch, out = Batch(hidden, topk_ids, topk_weights), Batch(out_hidden, out_ids, out_weights)
     ws = resolve(group_name, _OP)
-    dispatch_into(ws, batch, local_tokens, metadata, out, entry_barrier=entry_barrier)
+    return dispatch_into(ws, batch, local_tokens, metadata, out, entry_barrier=entry_barrier)
 
 
 agv_dispatch_into = register_op(
     "agv_dispatch_into(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor local_tokens, Tensor metadata, "
     "Tensor(a!) out_hidden, Tensor(b!) out_ids, Tensor(c!) out_weights, str group_name, *, bool entry_barrier=True) "
-    "-> ()",
+    "-> Tensor",
     fake=_fake,
     cpu=_run,
     cuda=_run,

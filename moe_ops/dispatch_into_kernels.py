@@ -86,7 +86,7 @@ def _clear_ids(ids, start, stop, N: tl.constexpr):
 
 @triton.jit
 def _dispatch_into_kernel(
-    peers, source, out, local_tokens_ptr, metadata_ptr, row_limit, max_tokens,
+    peers, source, out, live_ptr, local_tokens_ptr, metadata_ptr, row_limit, max_tokens,
     W: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, MULTICAST: tl.constexpr, ENTRY: tl.constexpr,
 ):  # fmt: skip
     """Gather all ranks' live rows into ``out``, three ``chunks.Place``. Grid: G programs, units of N chunks of a row.
@@ -95,6 +95,7 @@ def _dispatch_into_kernel(
     Example: W = 2, counts 1 and 2, H = 16 bf16, K = 8 (2 + 2 + 2 chunks), N = 32, G = 4: one unit a row; rank 1's
     programs 0 and 1 store rows 1 and 2 on both ranks, while 2 and 3 only meet.
     ENTRY: before the first store every rank says that the launches before it are done with its buffers.
+    ``live_ptr`` gets the gathered rows, or 0 where a rank did not come.
     """
     COUNT: tl.constexpr = 1 if MULTICAST else W
     lanes = tl.arange(0, N)
@@ -118,5 +119,6 @@ def _dispatch_into_kernel(
         _scatter(starts, source, out, offset + row, chunk, data, inside, COUNT, MULTICAST)
     signal(peers, call, t, W, MULTICAST)
     _clear_ids(out.ids, valid.to(tl.int64), (call.epoch * 0 + max_tokens), N)
-    wait(peers, call, _OP, W, MULTICAST, ACQUIRE=False)
+    _, ok = wait(peers, call, _OP, W, MULTICAST, ACQUIRE=False)
+    tl.store(live_ptr, tl.where(ok, valid, 0), mask=tl.program_id(0) == 0)
     leave(peers, call)

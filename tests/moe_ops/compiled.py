@@ -84,7 +84,7 @@ def _signature(variant: Variant) -> dict[str, Any]:
     rows = _rows(variant.dtype)
     if variant.kernel == "dispatch_into":
         out = Batch(_place(variant.dtype), _place("i32"), _place("fp32"))
-        return common | {"source": batch, "out": out} | counts | limits
+        return common | {"source": batch, "out": out, "live_ptr": "*i32"} | counts | limits
     if variant.kernel == "combine_from":
         common |= {"source": _place(variant.dtype), "out": rows, "addends": (rows,), "scale": "fp32"}
         return common | counts | limits | {"num_rows": "i32"}

@@ -38,12 +38,13 @@ class Ground:
         """The gathered batch is the oracle's where rows are specified."""
         out = out or self.batch
         batches, metadata = shape.batches(), reference.metadata(shape.counts)[self.rank.rank]
-        launch_dispatch_into(
+        live = launch_dispatch_into(
             self.channel, self.buffers, batches[self.rank.rank], local_count(shape, self.rank), metadata, out,
             entry_barrier=alone,
         )  # fmt: skip
         want = reference.agv_dispatch(batches, shape.counts, out.hidden.shape[0])
         valid = sum(shape.counts)
+        assert live.tolist() == [valid]
         for name, mine, expected in zip(out._fields, out, want, strict=True):
             assert torch.equal(mine[:valid], expected[:valid]), (name, mine[:valid], expected[:valid])
         assert torch.equal(out.topk_ids[valid:], want.topk_ids[valid:])

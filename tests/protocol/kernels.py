@@ -7,7 +7,7 @@ row, of which each warp handles its part. ``faults`` takes mechanisms out; ``FAU
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -36,6 +36,14 @@ FAULTS = {
     "poisoned_writes": "a rank that gave up goes on writing rows",
     "private_poison": "giving up does not reach the launches that follow",
     "poison_by_warp": "every warp looks for itself whether the workspace is poisoned",
+    "no_entry": "dispatch_into pushes without the first meeting",
+    "no_exit": "combine_from ends without the second meeting",
+    "entry_relaxed": "the first meeting's poll is not an acquire",
+    "exit_relaxed": "the second meeting's signal is not a release",
+    "from_relaxed": "combine_from's poll is not an acquire",
+    "no_vote": "after the first meeting every warp goes by its own verdict",
+    "second_epoch_stays": "an op that meets twice advances the epoch by one",
+    "unguarded": "what writes into a buffer runs on in a workspace that gave up",
 }
 
 HERE, LATE, ABORTED = range(3)
@@ -43,12 +51,23 @@ ABORT = "abort"  # in place of a tag
 
 
 class Op(NamedTuple):
-    """One communication call, the same on all ranks. ``counts[r]`` is rank r's number of live rows."""
+    """One launch, the same on all ranks. ``counts[r]`` is rank r's number of live rows.
 
-    kind: str  # "metadata", "dispatch" or "combine"
+    "into" and "from" are ``dispatch_into`` and ``combine_from`` over the buffer in ``writes`` or ``reads``; ``alone``:
+    with the second meeting. "local" (experts) reads own rows of its buffers and writes others; it meets nobody.
+    """
+
+    kind: str  # "metadata", "dispatch", "combine", "into", "from" or "local"
     counts: tuple[int, ...]
     grid: int = 1
     place: int = 0  # in the captured graph
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    alone: bool = True
+
+    @property
+    def meetings(self) -> int:
+        return 0 if self.kind == "local" else 2 if self.kind in ("into", "from") and self.alone else 1
 
     def grid_on(self, rank: int, faults: frozenset[str]) -> int:
         if self.kind == "metadata":
@@ -69,7 +88,9 @@ class Write(NamedTuple):
 
 
 class Sync(NamedTuple):
-    """A block barrier."""
+    """A block barrier; is sent whether any warp voted."""
+
+    vote: bool = False
 
 
 class Store(NamedTuple):
@@ -137,6 +158,7 @@ class Kernel:
     width: int  # epoch words of a rank
     faults: frozenset[str]
     modulus: int  # tags are counted modulo this
+    filled: dict[str, tuple[int, Op]] = field(default_factory=dict)  # by buffer: who wrote it last, and its index
 
     @property
     def grid(self) -> int:
@@ -160,17 +182,22 @@ class Kernel:
         return ("word", owner, 0 if one_set else epoch % 2, self.block, sender)
 
     def run(self) -> Warp:
+        if self.op.kind == "local":
+            yield from self.local()
+            return
         epoch = yield Read(("epoch", self.rank, self.block))
         if "early_epoch" in self.faults:
             yield from self.leave(epoch)
         if "epoch_of_graph" in self.faults:
             epoch = self.op.place
         poison = yield Load(("poison", self.rank), once="poison_by_warp" not in self.faults)
+        if "poison_by_warp" not in self.faults:
+            yield Sync()  # what unites the warps' poison; it also ends the reads of the epoch
         if "private_poison" in self.faults:
             poison = 0
-        yield from {"metadata": self.metadata, "dispatch": self.dispatch, "combine": self.combine}[self.op.kind](
-            epoch, poison
-        )
+        bodies = {"metadata": self.metadata, "dispatch": self.dispatch, "combine": self.combine}
+        bodies |= {"into": self.into, "from": self.combine_from}
+        yield from bodies[self.op.kind](epoch, poison)
         if "early_epoch" not in self.faults:
             yield from self.leave(epoch)
 
@@ -178,20 +205,25 @@ class Kernel:
         """Any warp may be the one that stores a word: here the last."""
         if self.warp == self.warps - 1 and "epoch_stays" not in self.faults:
             stop = self.block + 1 if "own_epoch_only" in self.faults else self.width
+            meetings = 1 if "second_epoch_stays" in self.faults else self.op.meetings
             for block in range(self.block, stop, self.grid):
-                yield Write(("epoch", self.rank, block), (epoch + 1) % self.modulus)
+                yield Write(("epoch", self.rank, block), (epoch + meetings) % self.modulus)
 
-    def signal(self, epoch: int, poison: Any, payload: int) -> Warp:
-        if "no_block_barrier" not in self.faults:
+    def signal(self, epoch: int, poison: Any, payload: int, release: bool = True) -> Warp:
+        """``release`` False: only what earlier launches did is announced."""
+        if release and "no_block_barrier" not in self.faults:
             yield Sync()
         tag = ABORT if poison and "poisoned_signals" not in self.faults else (epoch + 1) % self.modulus
         if self.warp == 0:
             for peer in range(self.world):
                 word = self.word(peer, self.rank, epoch)
-                yield Store(word, (tag, payload), release="relaxed_signal" not in self.faults)
+                yield Store(word, (tag, payload), release=release and "relaxed_signal" not in self.faults)
 
-    def wait(self, epoch: int, poison: Any) -> Warp:
-        """``(ok, payloads)``. A poisoned block looks once, and does nothing about what it sees."""
+    def wait(self, epoch: int, poison: Any, acquire: bool = True) -> Warp:
+        """``(ok, payloads)``. A poisoned block looks once, and does nothing about what it sees.
+
+        ``acquire`` False: only later launches read what the peers wrote.
+        """
         if poison:
             return False, {}
         senders = range(self.world)
@@ -204,7 +236,7 @@ class Kernel:
         words = tuple(self.word(self.rank, sender, epoch) for sender in senders)
         signed = "signed" in self.faults or "one_word_set" in self.faults
         compare = "unsigned" if "unsigned" in self.faults else "signed" if signed else "equal"
-        poll = Poll(words, (epoch + 1) % self.modulus, compare, acquire="relaxed_poll" not in self.faults)
+        poll = Poll(words, (epoch + 1) % self.modulus, compare, acquire and "relaxed_poll" not in self.faults)
         verdict, values = yield poll
         if verdict != HERE:
             yield Poison(("poison", self.rank), 1)
@@ -213,8 +245,8 @@ class Kernel:
         return verdict == HERE, {s: v[1] for s, v in zip(senders, values)}
 
     def metadata(self, epoch: int, poison: Any) -> Warp:
-        yield from self.signal(epoch, poison, self.op.counts[self.rank])
-        _, payloads = yield from self.wait(epoch, poison)
+        yield from self.signal(epoch, poison, self.op.counts[self.rank], release=False)
+        _, payloads = yield from self.wait(epoch, poison, acquire=False)
         got = tuple(payloads.get(rank, 0) for rank in range(self.world))
         yield Check(None if got == self.op.counts else f"metadata gathered {got} in place of {self.op.counts}")
 
@@ -245,3 +277,57 @@ class Kernel:
         for row in self.own_rows() if ok else ():
             for source in range(self.world):
                 yield Read(self.data("combine", source, epoch, row), expect=(self.index, source, row))
+
+    def advance(self, poison: Any, ok: bool) -> Warp:
+        """The poison that holds for the second meeting: one verdict for the whole block."""
+        gave_up = not ok
+        if "no_vote" not in self.faults:
+            gave_up = yield Sync(vote=gave_up)
+        return 1 if gave_up else poison
+
+    def into(self, epoch: int, poison: Any) -> Warp:
+        (buffer,) = self.op.writes
+        if self.op.alone and "no_entry" not in self.faults:
+            yield from self.signal(epoch, poison, 0, release=False)
+            ok, _ = yield from self.wait(epoch, poison, acquire="entry_relaxed" not in self.faults)
+            poison = yield from self.advance(poison, ok)
+        epoch += self.op.meetings - 1
+        first = sum(self.op.counts[: self.rank])
+        for row in self.rows(first, self.op.counts[self.rank], first) if not poison else ():
+            for owner in range(self.world):
+                yield Write((buffer, owner, row, self.warp), (self.index, row))
+        yield from self.signal(epoch, poison, 0)
+        ok, _ = yield from self.wait(epoch, poison, acquire=False)
+        if self.block == self.warp == 0:
+            yield Write(("live", self.rank), ok)
+
+    def combine_from(self, epoch: int, poison: Any) -> Warp:
+        (buffer,) = self.op.reads
+        yield from self.signal(epoch, poison, 0, release=False)
+        ok, _ = yield from self.wait(epoch, poison, acquire="from_relaxed" not in self.faults)
+        first = sum(self.op.counts[: self.rank])
+        for row in self.rows(first, self.op.counts[self.rank], first) if ok else ():
+            for source in range(self.world):
+                yield Read((buffer, source, row, self.warp), expect=self.content(buffer, source, row))
+        if self.op.alone and "no_exit" not in self.faults:
+            poison = yield from self.advance(poison, ok)
+            yield from self.signal(epoch + 1, poison, 0, release="exit_relaxed" not in self.faults)
+            yield from self.wait(epoch + 1, poison, acquire=False)
+
+    def local(self) -> Warp:
+        """Experts: they count rows by what the last dispatch_into left, if there was one."""
+        live = yield Read(("live", self.rank))
+        if live is False and "unguarded" not in self.faults:
+            return
+        for row in self.rows(0, sum(self.op.counts)):
+            for buffer in self.op.reads:
+                yield Read((buffer, self.rank, row, self.warp), expect=self.content(buffer, self.rank, row))
+            for buffer in self.op.writes:
+                yield Write((buffer, self.rank, row, self.warp), (self.index, self.rank, row))
+
+    def content(self, buffer: str, owner: int, row: int) -> Any:
+        """What the buffer's last writer put there; None if there was none."""
+        if buffer not in self.filled:
+            return None
+        index, op = self.filled[buffer]
+        return (index, row) if op.kind == "into" else (index, owner, row)

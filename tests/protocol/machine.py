@@ -147,10 +147,16 @@ class Machine:
         if key not in self._actions:
             block, warp = divmod(thread, case.warps)
             kernel = k.Kernel(
-                rank, case.world, case.ops[at.op], at.op, block, warp, case.warps, case.width, case.faults, case.modulus
-            ).run()
+                rank, case.world, case.ops[at.op], at.op, block, warp, case.warps, case.width, case.faults,
+                case.modulus, self._filled(at.op),
+            ).run()  # fmt: skip
             self._actions[key] = _replay(kernel, history)
         return self._actions[key]
+
+    def _filled(self, op: int) -> dict[str, tuple[int, k.Op]]:
+        """By buffer: the last op before ``op`` that writes it."""
+        before = enumerate(self.case.ops[:op])
+        return {buffer: (index, writer) for index, writer in before for buffer in writer.writes}
 
     # -- which steps are possible
 
@@ -285,10 +291,11 @@ class Machine:
     def _meet(self, state: State, rank: int, first: int) -> None:
         """A block barrier: afterwards every warp of the block knows what each knew."""
         lanes = [state.ranks[rank].threads[first + i].lane for i in range(self.case.warps)]
+        vote = any(self.action(state, rank, first + i).vote for i in range(self.case.warps))
         clock, pending = join(*(lane.clock for lane in lanes)), join(*(lane.pending for lane in lanes))
         for i, lane in enumerate(lanes):
             met = Lane(tick(clock, self._id(rank, first + i)), lane.released, pending)
-            self._advance(state, rank, first + i, None, met)
+            self._advance(state, rank, first + i, vote, met)
 
     def _publish(self, state: State, rank: int, thread: int, action: k.Store | k.Poison) -> Lane:
         lane, me = state.ranks[rank].threads[thread].lane, self._id(rank, thread)
@@ -347,8 +354,9 @@ class Machine:
                 waiting = [self.action(state, rank, thread) for thread in range(len(at.threads))]
                 raise Violation(f"deadlock: rank {rank} stays in op {at.op}: {waiting}")
             epochs = {state.data["epoch", rank, block].value for block in range(self.case.width)}
-            if at.alive and epochs != {len(self.case.ops) % self.case.modulus}:
-                raise Violation(f"state: rank {rank} ends with epochs {epochs} after {len(self.case.ops)} ops")
+            meetings = sum(op.meetings for op in self.case.ops)
+            if at.alive and epochs != {meetings % self.case.modulus}:
+                raise Violation(f"state: rank {rank} ends with epochs {epochs} after {meetings} meetings")
 
 
 def _replay(kernel: k.Warp, history: tuple) -> Any:

@@ -13,17 +13,28 @@ from .explore import explore, walk, walks
 from .kernels import FAULTS, Op
 from .machine import Case, Violation
 
-KINDS = {"m": "metadata", "d": "dispatch", "c": "combine"}
+# i, f: dispatch_into and combine_from, safe alone; I, F: without the second meeting; e, g: local, as experts are
+KINDS = {"m": "metadata", "d": "dispatch", "c": "combine", "i": "into", "f": "from", "e": "local", "g": "local"}
+READS = {"f": ("y",), "e": ("x",)}
+WRITES = {"i": ("x",), "e": ("y",), "g": ("y",)}
 COUNTS = {2: ((1, 2), (2, 1), (0, 3)), 3: ((1, 0, 2), (2, 1, 1), (0, 0, 1))}
 
 
-def case(world: int, text: str, grids: tuple[int, ...] = (1,), *, graph: int = 0, counts=None, **options) -> Case:
-    """Ops by letter (``"mdc"``), with grids and counts taken in turn; ``graph``: ops in the captured graph."""
+def case(
+    world: int, text: str, grids: tuple[int, ...] = (1,), *, graph: int = 0, counts=None, per: int = 1, **options
+) -> Case:
+    """Ops by letter (``"mdc"``), with grids and counts taken in turn, ``per`` ops with the same counts.
+
+    ``graph``: ops in the captured graph.
+    """
     counts = counts or COUNTS[world]
     ops = [
-        Op(KINDS[letter], counts[i % len(counts)], grids[i % len(grids)], i % (graph or len(text)))
+        Op(
+            KINDS[letter.lower()], counts[i // per % len(counts)], grids[i % len(grids)], i % (graph or len(text)),
+            READS.get(letter.lower(), ()), WRITES.get(letter.lower(), ()), letter.islower(),
+        )
         for i, letter in enumerate(text)
-    ]
+    ]  # fmt: skip
     return Case(world, tuple(ops), **options)
 
 
@@ -88,6 +99,38 @@ def test_giving_up_among_three_ranks(text: str, impatient: tuple[int, ...], mort
     explore(case(3, text, counts=((1, 1, 1),), timeouts=any_of(*((rank, 0) for rank in impatient)), mortal=mortal))
 
 
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("layer", ["IeF", "Iec", "IeFm", "IedFd"])
+def test_buffers_of_callers_in_strict_turns(world: int, layer: str):
+    """Dispatch into x, experts from x to y, combine from y, again and again: no second meeting is needed."""
+    explore(case(world, layer * 6, (3, 2, 1, 2), graph=len(layer), per=len(layer), warps=2))
+
+
+@pytest.mark.parametrize("text", ["IeFIeF", "mIeFI"])
+def test_all_orders_of_strict_turns(text: str):
+    assert explore(case(2, text, per=3), reduced=False) > 1
+    assert explore(case(2, text[:3], (2,), per=3), reduced=False) > 1
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("text", ["ieiieffef", "gfgfff", "iedifcimf", "iefIefieF"])
+def test_buffers_of_callers_in_any_order(world: int, text: str):
+    """Each op alone meets often enough for anything before and after it."""
+    explore(case(world, text * 2, (2, 1, 2), graph=len(text), per=len(text), warps=2))
+
+
+@pytest.mark.parametrize("text", ["iei", "gfg", "ie", "gf"])
+def test_all_orders_of_ops_that_meet_twice(text: str):
+    assert explore(case(2, text, (2,), per=9, counts=((1, 2),)), reduced=False) > 1
+    assert explore(case(2, text, per=9, warps=2), reduced=False) > 1
+
+
+@pytest.mark.parametrize("text", ["iei", "gf", "gfm", "IeFI", "eFIe"])
+@pytest.mark.parametrize("mortal", [None, 1])
+def test_giving_up_with_buffers_of_callers(text: str, mortal: int | None):
+    explore(case(2, text, per=9, counts=((1, 1),), timeouts=any_of((0, 0), (1, 0)), mortal=mortal))
+
+
 GIVES_UP = {"timeouts": any_of((1, 0))}
 # By fault: a case that is right without it, and the kinds of violation that it leads to.
 CAUGHT = {
@@ -114,6 +157,13 @@ CAUGHT = {
     "poisoned_signals": (case(2, "dd", counts=((1, 1),), **GIVES_UP), {"race", "output"}),
     "poisoned_writes": (case(2, "ddd", counts=((1, 1),), **GIVES_UP), {"race"}),
     "private_poison": (case(2, "ddd", counts=((1, 1),), **GIVES_UP), {"race"}),
+    "no_entry": (case(2, "iei", per=3), {"race", "state"}),
+    "no_exit": (case(2, "gfg", per=3), {"race", "state"}),
+    "entry_relaxed": (case(2, "iei", per=3), {"race"}),
+    "exit_relaxed": (case(2, "gfg", per=3), {"race"}),
+    "from_relaxed": (case(2, "gF", per=3), {"race"}),
+    "second_epoch_stays": (case(2, "im"), {"race", "output", "deadlock", "state"}),
+    "unguarded": (case(2, "IeFIe", per=9, counts=((1, 1),), timeouts=any_of((0, 0))), {"race"}),
 }
 
 
@@ -135,6 +185,14 @@ def test_fault_is_caught_poison_by_warp():
         list(walks(replace(sound, faults=frozenset({"poison_by_warp"})), 600))
 
 
+def test_fault_is_caught_no_vote():
+    """Likewise: one warp's entry meeting fails, and the other would speak for the block."""
+    sound = case(2, "ie", per=2, counts=((1, 1),), warps=2, timeouts=any_of((1, 0)))
+    assert all(walks(sound, 600))
+    with pytest.raises(Violation, match=r"is written|wanted"):
+        list(walks(replace(sound, faults=frozenset({"no_vote"})), 600))
+
+
 @pytest.mark.parametrize("resident", [1, 2])
 def test_fault_is_caught_blocks_start_in_any_order(resident: int):
     """More blocks than run at a time need their order: the lowest unfinished one runs on every rank."""
@@ -146,7 +204,7 @@ def test_fault_is_caught_blocks_start_in_any_order(resident: int):
 
 
 def test_every_fault_has_its_test():
-    assert set(FAULTS) == {*CAUGHT, "poison_by_warp"}
+    assert set(FAULTS) == {*CAUGHT, "poison_by_warp", "no_vote"}
 
 
 def verdict(some: Case, reduced: bool) -> bool:
@@ -170,7 +228,7 @@ def test_reduction_agrees_with_all_orders(fault: str):
 def cases(draw: st.DrawFn) -> Case:
     world = draw(st.integers(2, 4))
     counts = st.tuples(*[st.integers(0, 3)] * world)
-    ops = st.builds(Op, st.sampled_from([*KINDS.values()]), counts, st.integers(1, 4))
+    ops = st.builds(Op, st.sampled_from(["metadata", "dispatch", "combine"]), counts, st.integers(1, 4))
     return Case(
         world,
         tuple(draw(st.lists(ops, min_size=1, max_size=8))),
