@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from . import quantized
 from .errors import TransformersVersionError, UnsupportedModelError
 
 MIN_VERSION = (5, 17)
@@ -151,17 +153,45 @@ def expert_parameters(module: Experts) -> dict[str, nn.Parameter]:
     return {n: p for n, p in module.named_parameters(recurse=False) if n in EXPERT_PARAMETERS}
 
 
+class Quantization(NamedTuple):
+    """How a checkpoint's weights are stored: transformers' name of the method, rows and columns that share a scale."""
+
+    method: str
+    block: tuple[int, int]
+
+
+def quantization(config: Any) -> Quantization | None:
+    """What ``config.quantization_config`` says, None for plain weights."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    get = found.get if isinstance(found, dict) else lambda key: getattr(found, key, None)
+    method = getattr(get("quant_method"), "value", get("quant_method"))
+    rows, columns = get("weight_block_size") or quantized.FP8_BLOCK
+    return Quantization(str(method), (rows, columns))
+
+
+def without_quantization(config: Any) -> Any:
+    """A copy of ``config`` for weights that are dequantised while they are read."""
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    return plain
+
+
 def refuse_quantized(config: Any) -> None:
     """Raise ``UnsupportedModelError`` for a checkpoint or model with quantized weights (FP8, MXFP4, ...)."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
+    found = quantization(config)
+    if found is None:
         return
-    get = quantization.get if isinstance(quantization, dict) else lambda key: getattr(quantization, key, None)
-    method = getattr(get("quant_method"), "value", get("quant_method"))
+    if found.method in quantized.METHODS:
+        hint = "Load it with graphs.from_pretrained(path, dequantize=True), which reads it as bf16."
+    else:
+        hint = (
+            "Save a dequantized copy with transformers first: from_pretrained(path, dtype='bfloat16', "
+            "quantization_config=<its config class>(dequantize=True)).save_pretrained(new_path)."
+        )
     raise UnsupportedModelError(
-        f"the weights are quantized ({method}); 'moe_ep' takes bf16, fp16 or (on the CPU) fp32 experts. "
-        "Save a dequantized copy with transformers first: from_pretrained(path, dtype='bfloat16', "
-        "quantization_config=<its config class>(dequantize=True)).save_pretrained(new_path)."
+        f"the weights are quantized ({found.method}); 'moe_ep' takes bf16, fp16 or (on the CPU) fp32 experts. {hint}"
     )
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moe_ops.transports import group_device
 from moe_ops.workspace import DEFAULT_TIMEOUT_S
 
-from . import hf_compat
+from . import hf_compat, quantized
 from .errors import CheckpointError, UnsupportedModelError
 from .hf_compat import Model
 from .sharding import attach, default_group, expert_range, group_rank, group_size, localize
@@ -35,6 +35,7 @@ def from_pretrained(
     top_k: int | None = None,
     transport: str = "auto",
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    dequantize: bool = False,
     **kwargs: Any,
 ) -> Model:
     """A causal language model with this rank's experts only, run by ``"moe_ep"``; collective over ``group``.
@@ -42,7 +43,8 @@ def from_pretrained(
     ``path``: a folder with ``config.json`` and safetensors files, or a name on the Hub; ``group`` and
     ``max_tokens_per_rank``, ``top_k``, ``transport``, ``timeout_s`` as in ``shard_experts``; ``dtype``: "auto" takes
     the checkpoint's; ``device``: where to load (default: current CUDA device if the group serves CUDA, else
-    CPU); other keywords go to transformers' ``from_pretrained``.
+    CPU); ``dequantize``: read FP8 or MXFP4 weights as ``dtype`` ("auto": bf16), which are refused otherwise; other
+    keywords go to transformers' ``from_pretrained``.
     Raises ``UnsupportedModelError``, ``CheckpointError``, ``ShardingError``.
     """
     from transformers import AutoConfig
@@ -50,12 +52,18 @@ def from_pretrained(
     group = default_group(group)
     folder = resolve_folder(path)
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(folder)
-    hf_compat.refuse_quantized(config)
+    stored_as = hf_compat.quantization(config)
+    if not (dequantize and stored_as and stored_as.method in quantized.METHODS):
+        hf_compat.refuse_quantized(config)
     cls = hf_compat.causal_lm_class(config)
     world_size, rank = group_size(group), group_rank(group)
     device = torch.device(device) if device is not None else default_device(group)
     meta = build_on_meta(cls, config)
     with open_tensors(folder) as tensors:
+        if stored_as:
+            dtype = torch.bfloat16 if dtype == "auto" else resolve_dtype(dtype, config, tensors)
+            tensors = quantized.dequantized(tensors, stored_as.method, dtype, stored_as.block)
+            config = hf_compat.without_quantization(config)
         model, info = hf_compat.load_with_state_dict(
             local_class(cls, world_size, rank),
             config,

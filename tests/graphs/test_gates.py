@@ -155,5 +155,7 @@ def test_recognition_is_traced_to_constants():
 def test_quantized_weights_are_refused():
     for method in ("fp8", "mxfp4"):
         for quantization in ({"quant_method": method}, SimpleNamespace(quant_method=SimpleNamespace(value=method))):
-            with pytest.raises(UnsupportedModelError, match=rf"quantized \({method}\).*dequantize=True"):
+            with pytest.raises(
+                UnsupportedModelError, match=rf"quantized \({method}\).*from_pretrained\(path, dequantize=True\)"
+            ):
                 hf_compat.refuse_quantized(SimpleNamespace(quantization_config=quantization))
