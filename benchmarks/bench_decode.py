@@ -26,15 +26,15 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from decode_models import Model, Step, build, config_of, shard_as_transformers_does
+from decode_models import Model, OurStep, TheirStep, build, config_of, set_content, shard_as_transformers_does
 from kernel_times import profile
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import graphs
-import lowering  # noqa: F401  its passes run whenever a step is compiled
 from graphs.attention import use_decode_attention
+from graphs.hf_slots import adapt_attention
 from graphs.report import CompileMeter
 
 OURS, THEIRS = "moe_ep", "transformers"
@@ -92,19 +92,30 @@ class Settings:
 class Runner:
     """One variant of one case: compiled, checked, timed."""
 
-    def __init__(self, variant: str, model: Model, case: Case, batch: int, seed: int, settings: Settings):
+    def __init__(self, variant: str, model: Model, case: Case, settings: Settings):
         self.variant, self.case = variant, case
-        self.step = Step(model, batch, case.max_len, seed)
+        ranks, rank = _ranks()
+        with torch.no_grad():
+            if variant == OURS:
+                self.step = OurStep(model, case.batch, case.max_len)
+            else:
+                self.step = TheirStep(model, case.batch * ranks, case.max_len)
+            self.tokens = set_content(self.step, rank * case.batch if variant == OURS else 0)
         torch._dynamo.reset()
         options = settings.compile_options(ours=variant == OURS)
         self.call: Callable[[], None] = torch.compile(self.step, fullgraph=True, dynamic=False, **options)
 
+    def begin(self) -> None:
+        """Back to the first step."""
+        self.step.fill(self.case.filled)
+        self.step.tokens.copy_(self.tokens)
+
     def start(self) -> Tensor:
         """Compile and capture; returns the first step's logits (B, V)."""
         meter, began = CompileMeter(), time.perf_counter()
-        self.step.fill(self.case.filled)
+        self.begin()
         self.advance(1)
-        logits = self.step.logits.clone()
+        logits = self.step.sampler.logits.clone()
         self.advance(3)
         self.compile_s, self.cuda_graphs = time.perf_counter() - began, meter.read().cuda_graphs
         return logits
@@ -112,9 +123,9 @@ class Runner:
     @torch.no_grad()
     def uncompiled(self) -> Tensor:
         """The first step's logits (B, V) from the same step, run eagerly."""
-        self.step.fill(self.case.filled)
+        self.begin()
         self.step()
-        return self.step.logits.clone()
+        return self.step.sampler.logits.clone()
 
     @torch.no_grad()
     def advance(self, steps: int) -> None:
@@ -126,7 +137,7 @@ class Runner:
     @torch.no_grad()
     def step_ms(self, steps: int) -> float:
         """Median time of a step, of the slowest rank."""
-        self.step.fill(self.case.filled)
+        self.begin()
         self.advance(3)
         if dist.is_initialized():
             dist.barrier()
@@ -175,10 +186,7 @@ def prepare(variant: str, model: Model, case: Case, attention: bool) -> None:
         graphs.shard_experts(model, max_tokens_per_rank=max(case.batch, 64), timeout_s=60.0)
         if attention:
             use_decode_attention(model)
-    state = graphs.expert_parallel_state(model)
-    assert state is not None
-    state.live.fill_(case.batch)
-    state.declare_batch(case.batch, case.batch)
+        adapt_attention(model)
 
 
 def compare(case: Case, models: dict[str, Model], settings: Settings) -> list[Line]:
@@ -192,9 +200,7 @@ def compare(case: Case, models: dict[str, Model], settings: Settings) -> list[Li
     wanted = noise = None
     for variant, model in models.items():
         prepare(variant, model, case, settings.attention)
-        batch, seed = (case.batch, rank) if variant == OURS else (case.batch * ranks, 0)
-        runner = Runner(variant, model, case, batch, seed, settings)
-        take_batches_of_all_ranks(runner, case.batch)
+        runner = Runner(variant, model, case, settings)
         logits = runner.start()
         mine = slice(rank * case.batch, (rank + 1) * case.batch)
         if wanted is None or noise is None:
@@ -219,23 +225,11 @@ def compare(case: Case, models: dict[str, Model], settings: Settings) -> list[Li
     return lines
 
 
-def take_batches_of_all_ranks(runner: Runner, batch: int) -> None:
-    """Give transformers' replicated batch the tokens and caches that the ranks of ours have, rank by rank."""
-    step = runner.step
-    if step.tokens.shape[0] == batch:
-        return
-    for rank in range(step.tokens.shape[0] // batch):
-        theirs, rows = Step(step.model, batch, runner.case.max_len, rank), slice(rank * batch, (rank + 1) * batch)
-        step.tokens[rows], step._start[rows] = theirs.tokens, theirs.tokens
-        for layer, source in zip(step.cache.layers, theirs.cache.layers, strict=True):
-            layer.keys[rows], layer.values[rows] = source.keys, source.values
-
-
 def write_profile(runner: Runner, path: Path) -> None:
     """Kernel groups of a replay on rank 0's terminal, single kernels in ``path``."""
     if not torch.cuda.is_available():
         return
-    runner.step.fill(runner.case.filled)
+    runner.begin()
     with torch.no_grad():
         found = profile(runner.call)
     if _ranks()[1] == 0:

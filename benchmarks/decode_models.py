@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 
-from graphs import hf_compat
+import graphs
+from graphs.sampling import Choice
+from graphs.step import NO_TOKEN, DecodeStep
 
 Model = Any
 
@@ -67,34 +69,75 @@ def shard_as_transformers_does(model: Model) -> Model:
     return model.maybe_distribute_model(model, wanted, mesh)
 
 
-class Step(nn.Module):
-    """Feed the last token of each of B sequences, choose the next greedily: tokens (B, 1) int64, logits (B, V)."""
+class Recorder(nn.Module):
+    """Greedy choice that also keeps the logits (B, V), in both variants."""
 
-    tokens: Tensor
     logits: Tensor
 
-    def __init__(self, model: Model, batch: int, max_len: int, seed: int = 0):
+    def __init__(self, model: Model, batch: int):
         super().__init__()
-        self.model, self.cache = model, hf_compat.full_length_cache(model.config, max_len)
-        config, device = model.config, model.device
-        generator = torch.Generator(device).manual_seed(1000 + seed)
-        tokens = torch.randint(config.vocab_size, (batch, 1), generator=generator, device=device)
-        self.register_buffer("tokens", tokens, persistent=False)
-        logits = torch.zeros(batch, config.vocab_size, dtype=model.dtype, device=device)
+        logits = torch.zeros(batch, model.config.vocab_size, dtype=model.dtype, device=model.device)
         self.register_buffer("logits", logits, persistent=False)
-        self._start = tokens.clone()
+
+    def forward(self, logits: Tensor, choice: Choice | None = None) -> Tensor:
+        self.logits.copy_(logits)
+        return logits.argmax(-1)
+
+
+class TheirStep(nn.Module):
+    """A step as one writes it with transformers alone: a static cache, all sequences equally long.
+
+    Feeds the last token of each of B sequences and makes the likeliest next one its last: tokens (B,) int64.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, model: Model, batch: int, max_len: int):
+        super().__init__()
+        self.model, self.cache, self.sampler = model, StaticCache(model.config, max_len), Recorder(model, batch)
+        config, device = model.config, model.device
+        self.register_buffer("tokens", torch.zeros(batch, dtype=torch.int64, device=device), persistent=False)
         self.cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, device)
-        for layer in self.cache.layers:
-            layer.keys.normal_(generator=generator)
-            layer.values.normal_(generator=generator)
+
+    def forward(self) -> None:
+        out = self.model(input_ids=self.tokens[:, None], past_key_values=self.cache, use_cache=True)
+        self.tokens.copy_(self.sampler(out.logits[:, -1]))
 
     def fill(self, length: int) -> None:
-        """Start over behind ``length`` random tokens."""
-        self.tokens.copy_(self._start)
+        """All sequences hold ``length`` tokens from now on."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(length)
 
-    def forward(self) -> None:
-        out = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True)
-        self.logits.copy_(out.logits[:, -1])
-        self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
+
+class OurStep(DecodeStep):
+    """The step that ``graphs.DecodeLoop`` compiles, all slots busy."""
+
+    def __init__(self, model: Model, batch: int, max_len: int):
+        state = graphs.expert_parallel_state(model)
+        assert state is not None
+        super().__init__(model, state, batch, max_len, Recorder(model, batch))
+        state.declare_batch(batch, batch, self.active)
+        self.feed()  # allocates the cache
+
+    def fill(self, length: int) -> None:
+        """All slots hold ``length`` tokens from now on, and may go on to the end."""
+        self.active.fill_(True)
+        self.rows.starts.fill_(length)
+        self.last.fill_(self.history.shape[1] - 1)
+        self.stop.fill_(NO_TOKEN)
+
+
+def set_content(step: TheirStep | OurStep, first_sequence: int) -> Tensor:
+    """Random keys and values for sequences ``first_sequence`` onwards; returns their last tokens (B,).
+
+    Sequences are numbered over all ranks, so one is the same whoever holds it.
+    """
+    batch, device = step.tokens.shape[0], step.tokens.device
+    tokens = torch.zeros_like(step.tokens)
+    for row in range(batch):
+        generator = torch.Generator(device).manual_seed(1000 + first_sequence + row)
+        tokens[row] = torch.randint(step.model.config.vocab_size, (), generator=generator, device=device)
+        for layer in step.cache.layers:
+            layer.keys[row].normal_(generator=generator)
+            layer.values[row].normal_(generator=generator)
+    return tokens

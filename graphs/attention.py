@@ -24,12 +24,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
     check_rank(_OP, "query", query, 3, "(B, heads, D)")
     check_rank(_OP, "key", key, 4, "(B, key heads, L, D)")
     check_rank(_OP, "value", value, 4, "(B, key heads, L, D_v)")
-    check_rank(_OP, "mask", mask, 2, "(B, L)")
+    check_rank(_OP, "mask", mask, 4, "(B, 1, 1, L)")
     check_same_device(_OP, query=query, key=key, value=value, mask=mask)
     batch, kv_heads, length, depth = key.shape
     torch._check(query.shape[0] == batch and query.shape[2] == depth, lambda: f"{_OP}: query {tuple(query.shape)}")
     torch._check(value.shape[:3] == key.shape[:3], lambda: f"{_OP}: value {tuple(value.shape)}")
-    torch._check(tuple(mask.shape) == (batch, length), lambda: f"{_OP}: mask {tuple(mask.shape)}")
+    torch._check(tuple(mask.shape) == (batch, 1, 1, length), lambda: f"{_OP}: mask {tuple(mask.shape)}")
     torch._check(query.shape[1] % kv_heads == 0, lambda: f"{_OP}: {query.shape[1]} heads over {kv_heads} key heads")
 
 
@@ -55,14 +55,14 @@ def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
 
 def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     _check(query, key, value, mask, scale)
-    return reference(query, key, value, mask, scale)
+    return reference(query, key, value, mask[:, 0, 0], scale)
 
 
 def _cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     from .attention_launch import launch
 
     _check(query, key, value, mask, scale)
-    return launch(query, key, value, mask, scale)
+    return launch(query, key, value, mask[:, 0, 0], scale)
 
 
 decode_attention = register_op(
@@ -85,15 +85,15 @@ def attention_forward(
     if attention_mask is None or not _takes(query, key, attention_mask, kwargs):
         return hf_compat.sdpa_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = attention_mask[:, 0, 0].expand(query.shape[0], -1)  # [B, L]
-    return torch.ops.moe_ep.decode_attention(query[:, :, 0], key, value, mask, scale)[:, None], None
+    # the mask as it is: a view of it in every layer would be a launch in every layer
+    return torch.ops.moe_ep.decode_attention(query[:, :, 0], key, value, attention_mask, scale)[:, None], None
 
 
 def _takes(query: Tensor, key: Tensor, mask: Tensor, kwargs: dict) -> bool:
     """One token a sequence, a mask of columns, and nothing else that ``sdpa`` would heed."""
     plain = kwargs.get("position_bias") is None and not kwargs.get("dropout")
     half = query.dtype in HALF_DTYPES or not query.is_cuda
-    shared = mask.dtype == torch.bool and mask.shape[1] == 1
+    shared = mask.dtype == torch.bool and mask.shape[:2] == (query.shape[0], 1)
     return plain and half and shared and query.shape[2] == 1 and mask.shape[3] == key.shape[2]
 
 

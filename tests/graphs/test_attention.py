@@ -30,7 +30,7 @@ def test_literal():
     """Two columns of three are seen; equal scores, so their mean; the third is NaN and must not matter."""
     query, key = torch.zeros(1, 2, 4), torch.zeros(1, 1, 3, 4)
     value = torch.tensor([[1.0, 3.0], [5.0, 7.0], [math.nan, math.nan]]).view(1, 1, 3, 2)
-    mask = torch.tensor([[True, True, False]])
+    mask = torch.tensor([[True, True, False]]).view(1, 1, 1, 3)
     got = torch.ops.moe_ep.decode_attention(query, key, value, mask, 1.0)
     assert torch.equal(got, torch.tensor([[[3.0, 5.0], [3.0, 5.0]]]))
 
@@ -45,15 +45,15 @@ def test_reference_equals_sdpa():
 
 
 def test_opcheck():
-    args = (torch.randn(2, 4, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 4), torch.ones(2, 6).bool(), 0.5)
+    args = (torch.randn(2, 4, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 4), torch.ones(2, 1, 1, 6).bool(), 0.5)
     torch.library.opcheck(torch.ops.moe_ep.decode_attention.default, args)
 
 
 @pytest.mark.parametrize(
-    ("at", "shape"), [(0, (2, 3, 8)), (1, (2, 2, 6, 4)), (2, (2, 2, 5, 4)), (3, (1, 6))], ids=["q", "k", "v", "mask"]
+    ("at", "shape"), [(0, (2, 3, 8)), (1, (2, 2, 6, 4)), (2, (2, 2, 5, 4)), (3, (1, 1, 1, 6))], ids=["q", "k", "v", "mask"]
 )
 def test_wrong_shapes_are_refused(at: int, shape: tuple[int, ...]):
-    args = [torch.randn(2, 4, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 4), torch.ones(2, 6).bool(), 0.5]
+    args = [torch.randn(2, 4, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 4), torch.ones(2, 1, 1, 6).bool(), 0.5]
     args[at] = torch.ones(shape, dtype=args[at].dtype)
     with pytest.raises(RuntimeError, match="decode_attention"):
         torch.ops.moe_ep.decode_attention(*args)
