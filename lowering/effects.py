@@ -20,8 +20,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from moe_ops.transports import KERNEL_TRANSPORTS
-from moe_ops.workspace import transports_in_use
+from moe_ops.transports import KERNEL_TRANSPORTS, resolve_group
+from moe_ops.workspace import LOCAL_GROUPS, transports_in_use
 
 from . import torch_compat
 
@@ -78,13 +78,21 @@ class EffectOp:
 
 
 def is_one_kernel(op: EffectOp) -> bool:
-    """Whether a communication op is one launch, which other work can join: on transports with kernels of their own.
+    """Whether a communication op is one launch, which other work can join: on transports with kernels, and alone.
 
     Collectives on CUDA are several launches, and what Inductor would fuse behind them would become more. On the CPU
     nothing is launched, so there every transport gets the same graph.
     """
-    group = op.arguments["group_name"]
-    return op.value(0).device.type == "cpu" or transports_in_use().get(group) in KERNEL_TRANSPORTS
+    return op.value(0).device.type == "cpu" or transport_of(op.arguments["group_name"]) in (*KERNEL_TRANSPORTS, "local")
+
+
+def transport_of(group: str) -> str | None:
+    """The transport of the group's workspace; ``"local"`` for one rank, which needs none; None before it has one."""
+    if group in transports_in_use():
+        return transports_in_use()[group]
+    process_group = None if group in LOCAL_GROUPS else resolve_group(group)
+    alone = group in LOCAL_GROUPS or (process_group is not None and process_group.size() == 1)
+    return "local" if alone else None
 
 
 def short_name(op: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import collectives
 from .combine import _check as _check_combine
 from .combine import _empty_output
-from .comm_launch import choose_launch, is_aligned, rows_of
+from .comm_launch import choose_launch, is_aligned, routed_ids, rows_of
 from .errors import ArgumentError, ShapeError
 from .registration import register_op
 from .shapes import check_dtype, check_same_device
@@ -80,8 +80,13 @@ def launch_combine_add(
     num_rows: int,
     epilogue: Epilogue,
     out_dtype: torch.dtype | None = None,
+    experts_per_rank: int = 0,
 ) -> Tensor:
-    """The kernel over symmetric memory: one launch, one barrier. ``source``: expert output (M, H), or its pairs."""
+    """The kernel over symmetric memory: one launch, one barrier. ``source``: expert output (M, H), or its pairs.
+
+    ``experts_per_rank``: not 0 promises that expert ``e`` lies on rank ``e // experts_per_rank``; pairs then come only
+    from ranks that have some. The bits are the same.
+    """
     from .chunks import Slots
     from .combine_add_kernels import Routing, _combine_add_kernel
 
@@ -92,7 +97,9 @@ def launch_combine_add(
     top_k = pairs.topk_ids.shape[1] if pairs is not None else 0
     max_tokens = rows.shape[0] // top_k if top_k else rows.shape[0]
     out = _empty_output(rows, num_rows, out_dtype)
-    routing = Routing(*pairs[1:]) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0)
+    routing = (
+        Routing(*pairs[1:], experts_per_rank) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0, 0)
+    )
     launch = choose_launch("rsv_combine", max_tokens, layout.hidden_row, rows.device.type)
     _combine_add_kernel[(launch.blocks,)](
         channel.peers(),
@@ -115,6 +122,7 @@ def launch_combine_add(
         ALIGNED_IN=is_aligned(rows),
         ALIGNED_OUT=all(map(is_aligned, (out, *epilogue.addends))),
         MULTICAST=channel.multicast,
+        ROUTED=routed_ids(channel, top_k, experts_per_rank),
         num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
     )
     return out
@@ -135,6 +143,10 @@ def combine_and_add(
     ws.check()
     if not expert_output.is_cuda:
         collectives.check_counts_on_host(op, local_tokens, num_rows)
+    if ws.world_size == 1 and expert_output.is_cuda:
+        from .local_combine import launch_local_combine
+
+        return launch_local_combine(expert_output, local_tokens, num_rows, epilogue, out_dtype)
     if ws.channel is None:
         rows = collectives.rsv_combine(ws, expert_output, local_tokens, metadata, num_rows, out_dtype)
         return apply_epilogue(rows, epilogue)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 import lowering
@@ -22,6 +23,7 @@ from lowering import torch_compat
 
 ops = torch.ops.moe_ep
 T, H, K, E, I, LAYERS = 8, 1024, 4, 16, 256, 3
+CHANGE_BITS = ("unroll_topk", "merge_products")  # passes that say so themselves
 
 
 def tensor(seed: int, *size: int, scale: float = 1.0) -> Tensor:
@@ -29,12 +31,19 @@ def tensor(seed: int, *size: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*size, generator=generator, device="cuda", dtype=torch.bfloat16) * scale
 
 
-def make_model(group: str, rank: int, world: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """LAYERS layers with a shared product and a residual; each asks for its own metadata."""
-    local = E // world
-    router, shared = tensor(1, H, E, scale=H**-0.5), tensor(2, H, H, scale=H**-0.5)
+def make_model(group: str, rank: int, world: int, shared: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """LAYERS layers with a residual, each asking for its own metadata.
+
+    ``shared``, the shared expert: "none", "added" at once, "gated", or "wide" (in three dimensions).
+    """
+    local, width = E // world, 512
+    router, gate, up = tensor(1, H, E, scale=H**-0.5), *(tensor(n, width, H, scale=H**-0.5) for n in (2, 3))
+    last, sigmoid = tensor(4, H, width, scale=width**-0.5), tensor(5, 1, H, scale=H**-0.5)
     gate_up = [tensor(10 + 100 * rank + n, local, 2 * I, H, scale=H**-0.5) for n in range(LAYERS)]
     down = [tensor(50 + 100 * rank + n, local, H, I, scale=I**-0.5) for n in range(LAYERS)]
+
+    def mlp(x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), last)
 
     def model(x: Tensor, count: Tensor) -> Tensor:
         for n in range(LAYERS):
@@ -42,46 +51,78 @@ def make_model(group: str, rank: int, world: int) -> Callable[[Tensor, Tensor], 
             chosen, ids = (x @ router).softmax(-1).topk(K, -1)
             rows, ids, chosen = ops.agv_dispatch(x, ids, chosen, count, metadata, world * T, group)
             y = ops.fused_moe(rows, ids, chosen, gate_up[n], down[n], metadata[0:1], rank * local)
-            x = x + (ops.rsv_combine(y, count, metadata, T, group) + x @ shared)
+            out = ops.rsv_combine(y, count, metadata, T, group)
+            if shared == "added":
+                out = out + mlp(x)
+            elif shared == "gated":
+                out = out + torch.sigmoid(F.linear(x, sigmoid)) * mlp(x)
+            elif shared == "wide":
+                out = (out.view(2, -1, H) + mlp(x.view(2, -1, H))).view(-1, H)
+            x = x + out
         return x
 
     return model
 
 
-def check_joined_kernel(group: str, rank: int, world: int) -> None:
-    """fused_moe_combine equals the ops one by one, bit for bit, for few and many rows, each a few times."""
+def check_joined_kernels(group: str, rank: int, world: int) -> None:
+    """fused_moe_combine and moe_layer equal the ops one by one, bit for bit, for few and many rows."""
     local = E // world
     for rows in (1, 3, T, 64):
         gathered = world * rows
         gate_up, down = tensor(3 + rank, local, 2 * I, H, scale=H**-0.5), tensor(7 + rank, local, H, I, scale=I**-0.5)
-        generator = torch.Generator("cuda").manual_seed(5)
-        ids = torch.randint(-1, E, (gathered, K), generator=generator, device="cuda")
-        weights = torch.rand(gathered, K, generator=generator, device="cuda")
-        hidden, addends = tensor(4, gathered, H), [tensor(8 + rank, rows, H), tensor(9 + rank, rows, H)]
+        generator = torch.Generator("cuda").manual_seed(5 + rank)
+        ids = torch.randint(0, E, (rows, K), generator=generator, device="cuda")
+        weights = torch.rand(rows, K, generator=generator, device="cuda")
+        hidden, addends = tensor(4 + rank, rows, H), [tensor(8 + rank, rows, H), tensor(9 + rank, rows, H)]
         for live in {0, rows // 2, rows}:
             count = torch.tensor([max(live - rank, 0)], dtype=torch.int32, device="cuda")
             metadata = ops.metadata_update(count, group)
-            y = ops.fused_moe(hidden, ids, weights, gate_up, down, metadata[0:1], rank * local)
+            batch = ops.agv_dispatch(hidden, ids, weights, count, metadata, gathered, group)
+            y = ops.fused_moe(*batch, gate_up, down, metadata[0:1], rank * local)
             alone = ops.rsv_combine(y, count, metadata, rows, group)
-            arguments = (hidden, ids, weights, gate_up, down, count, metadata, rank * local, rows)
-            assert torch.equal(ops.fused_moe_combine(*arguments, [], group), alone), (rows, live)
-            joined = ops.fused_moe_combine(*arguments, addends, group)
+            arguments = (gate_up, down, count, metadata, rank * local)
+            assert torch.equal(ops.fused_moe_combine(*batch, *arguments, rows, [], group), alone), (rows, live)
+            joined = ops.fused_moe_combine(*batch, *arguments, rows, addends, group)
             assert torch.equal(joined, alone + addends[0] + addends[1]), (rows, live)
+            for entry_barrier in (True, False, False):
+                call = (hidden, ids, weights, *arguments, gathered)
+                layer = ops.moe_layer(*call, addends, group, entry_barrier=entry_barrier)
+                assert torch.equal(layer, joined), (rows, live, entry_barrier)
+                check_shared_expert(call, joined, addends, group)
 
 
-def check_one_graph(model: Callable, x: Tensor, rounding: str, transport: str) -> None:
-    """One CUDA graph, no partition, no skip, no copy beside an op; every layer joined."""
-    lowering.enable(rounding=rounding)
+def check_shared_expert(call: tuple, joined: Tensor, addends: list[Tensor], group: str) -> None:
+    """Beside the layer: the bits of Inductor's own code, and no influence on the layer."""
+    x, width = call[0], 384
+    gate, up = (tensor(60 + n, width, H, scale=H**-0.5).t() for n in range(2))
+    down = tensor(63, width, H, scale=width**-0.5)
+    out, beside = ops.moe_layer_shared(*call, addends, x, [gate, up], down, -1, group)
+    assert torch.equal(out, joined)
+    act = _act(x @ gate, x @ up)
+    assert torch.equal(beside, act @ down)
+    _, act_alone = ops.moe_layer_shared(*call, addends, x, [torch.cat([gate, up], 1)], None, -1, group)
+    both = x @ torch.cat([gate, up], 1)
+    assert torch.equal(act_alone, _act(*both.chunk(2, -1)))
+
+
+@torch.compile(dynamic=True)
+def _act(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def check_one_graph(model: Callable, x: Tensor, rounding: str, transport: str, layer: str) -> None:
+    """One CUDA graph, no partition, no skip, no copy beside an op; every layer is one op."""
+    lowering.enable(rounding=rounding, without=CHANGE_BITS)
     count = torch.tensor([T], dtype=torch.int32, device="cuda")
     explanation = lowering.explain(model, x, count, mode="reduce-overhead")
     if dist.get_rank() == 0:
         print(explanation, flush=True)
     assert explanation.compiled_graphs == 1 and not explanation.graph_breaks
     assert explanation.partitions <= 1 and explanation.cudagraph_skips == 0
-    assert explanation.copies == []
+    assert explanation.copies == [], explanation.copies
     assert explanation.ops["metadata_update"] == 1
-    if transport in ("p2p", "multicast"):
-        assert explanation.ops["fused_moe_combine"] == LAYERS, explanation.ops
+    if transport in ("p2p", "multicast", "local"):
+        assert explanation.ops[layer] == LAYERS, explanation.ops
 
 
 def replay(model: Callable, x: Tensor, counts: list[int]) -> list[Tensor]:
@@ -101,28 +142,46 @@ def replay(model: Callable, x: Tensor, counts: list[int]) -> list[Tensor]:
     return results[3:]
 
 
-def main() -> None:
-    rank = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
-    world = dist.get_world_size()
-    ws = moe_ops.init_workspace(None, max_tokens_per_rank=64, hidden_size=H, top_k=K, timeout_s=60)
-    ws.allocate()
-    check_joined_kernel(ws.group_name, rank, world)
-    model, x = make_model(ws.group_name, rank, world), tensor(20 + rank, T, H)
+def check_model(shared: str, group: str, rank: int, world: int, transport: str) -> None:
+    """Lowered equals unlowered bit for bit, captured, with changing live counts."""
+    model, x = make_model(group, rank, world, shared), tensor(20 + rank, T, H)
+    layer = "moe_layer" if shared == "none" else "moe_layer_shared"
     for rounding in ("compiled", "eager"):
-        check_one_graph(model, x, rounding, ws.transport)
+        check_one_graph(model, x, rounding, transport, layer)
     counts = [max(live - rank, 0) for live in (T, 3, 0, 5, T)]
     lowering.enable(rounding="compiled")
     lowered = replay(model, x, counts)
     lowering.disable()
     plain = replay(model, x, counts)
     for n, (one, other) in enumerate(zip(lowered, plain, strict=True)):
-        assert torch.equal(one[: counts[n]], other[: counts[n]]), n
+        assert torch.equal(one[: counts[n]], other[: counts[n]]), (shared, n)
+
+
+def main() -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    world, failed = dist.get_world_size(), 0
+    ws = moe_ops.init_workspace(None, max_tokens_per_rank=64, hidden_size=H, top_k=K, timeout_s=60)
+    ws.allocate()
+    checks: list[tuple[str, Callable[[], None]]] = [
+        ("joined kernels", lambda: check_joined_kernels(ws.group_name, rank, world)),
+        ("joined kernels, W = 1", lambda: check_joined_kernels("local", 0, 1)),
+    ]
+    for shared in ("none", "added", "gated", "wide"):
+        checks.append((f"model, {shared}", lambda s=shared: check_model(s, ws.group_name, rank, world, ws.transport)))
+    for shared in ("none", "gated"):
+        checks.append((f"model, {shared}, W = 1", lambda s=shared: check_model(s, "local", 0, 1, "local")))
+    for name, check in checks:
+        try:
+            check()
+            verdict = "passed"
+        except Exception as error:
+            verdict, failed = f"FAILED {type(error).__name__}: {str(error)[:600]}", failed + 1
+        print(f"rank {rank} of {world}, {ws.transport}: {name}: {verdict}", flush=True)
     ws.check()
-    print(f"rank {rank} of {world}: lowering checks passed on {ws.transport}", flush=True)
     dist.barrier()
-    os._exit(0)  # NCCL work captured in graphs can hang its own shutdown
+    os._exit(int(failed > 0))  # NCCL work captured in graphs can hang its own shutdown
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""How much of a shared expert its layer hides: beside the layer, behind it, and each alone, in one run.
+
+    torchrun --nproc-per-node 4 benchmarks/bench_overlap.py --shape deepseek-v3 --tokens 8
+
+``beside`` is the lowered layer, ``serial`` the same without the pass ``overlap_shared``, ``rest`` the layer without its
+shared expert, ``shared`` the shared expert alone. ``hidden`` = (serial - beside) / min(shared, rest): 1 where the
+shorter side costs nothing. ``rounding="eager"`` by default, so that all of the shared expert may run beside. Method as
+in ``bench_layer.py``; beside and serial are compared to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+from bench_layer import alternate, capture, is_late, join_group
+from layer_models import SHAPES, Weights, make_weights, ours, shared_alone
+from torch import Tensor
+
+import lowering
+import moe_ops
+
+
+def measure(name: str, tokens: int, layers: list[Weights], replays: int, rounding: str, group: str) -> dict:
+    """One line: µs a layer of the four variants, and what share is hidden."""
+    shape, rank, world = SHAPES[name], dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator("cuda").manual_seed(rank)
+    x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16, generator=generator)
+    count = torch.tensor([tokens], dtype=torch.int32, device="cuda")
+    bare = [replace(weights, shared_gate_up=None, shared_down=None) for weights in layers]
+
+    def layer(stack: list[Weights]) -> Tensor:
+        return ours(x, stack, count, shape, rank, world, group)
+
+    lowering.enable(without=[], rounding=rounding)
+    variants = [capture("beside", lambda: layer(layers), len(layers))]
+    lowering.enable(without=["overlap_shared"])
+    variants.append(capture("serial", lambda: layer(layers), len(layers)))
+    variants.append(capture("rest", lambda: layer(bare), len(layers)))
+    variants.append(capture("shared", lambda: shared_alone(x, layers), len(layers)))
+    for variant in variants:
+        variant.graph.replay()
+    torch.cuda.synchronize()
+    us = alternate(variants, replays)
+    shorter = min(us["shared"], us["rest"])
+    return {
+        "shape": name, "W": world, "T": tokens, "rounding": rounding,
+        **{f"{key}_us": round(value, 1) for key, value in us.items()},
+        "hidden": round((us["serial"] - us["beside"]) / shorter, 2),
+        "bit_equal": torch.equal(variants[0].result, variants[1].result),
+    }  # fmt: skip
+
+
+def main(
+    shape: Annotated[list[str] | None, typer.Option(help="deepseek-v3, qwen2-moe, tiny; may repeat")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="rows a rank, T; may repeat")] = None,
+    layers: int = 2,
+    replays: int = 40,
+    rounding: str = "eager",
+    minutes: Annotated[float, typer.Option(help="start no new line after this")] = 4.0,
+    out: Annotated[Path | None, typer.Option(help="JSON lines are appended here")] = None,
+) -> None:
+    """One JSON line a measurement."""
+    rank, began, sizes = join_group(), time.monotonic(), tokens or [1, 8, 32, 128]
+    for name in shape or ["deepseek-v3", "qwen2-moe"]:
+        of = SHAPES[name]
+        ws = moe_ops.init_workspace(
+            None, max_tokens_per_rank=max(sizes), hidden_size=of.hidden, top_k=of.top_k, timeout_s=60
+        )
+        ws.allocate()
+        stack = [make_weights(of, rank, dist.get_world_size(), seed) for seed in range(layers)]
+        for size in sizes:
+            if is_late(began, minutes):
+                continue
+            line = json.dumps(measure(name, size, stack, replays, rounding, ws.group_name))
+            if rank == 0:
+                print(line, flush=True)
+                if out is not None:
+                    out.open("a").write(line + "\n")
+        ws.check()
+        ws.close()
+        del stack
+    dist.barrier()
+    os._exit(0)  # NCCL work captured in graphs can hang its own shutdown
+
+
+if __name__ == "__main__":
+    typer.run(main)
