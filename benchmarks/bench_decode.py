@@ -12,14 +12,13 @@ the same number of tokens. Logits are compared before anything is timed.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +26,8 @@ import torch
 import torch.distributed as dist
 import typer
 from decode_models import Model, OurStep, TheirStep, build, config_of, set_content, shard_as_transformers_does
+from decode_report import Line, show
 from kernel_times import profile
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import graphs
@@ -39,25 +37,6 @@ from graphs.report import CompileMeter
 
 OURS, THEIRS = "moe_ep", "transformers"
 MAX_OVER_NOISE = 2.0  # a rounding flips routes of random weights, on either side, so errors differ by chance
-
-
-@dataclass
-class Line:
-    """One row of the table; ``batch`` per rank, ``tokens_per_s`` over all ranks."""
-
-    model: str
-    layers: int
-    ranks: int
-    batch: int
-    max_len: int
-    filled: int
-    variant: str
-    step_ms: float
-    tokens_per_s: float
-    times_faster: float | None  # than transformers in this run
-    cuda_graphs: int
-    compile_s: float
-    error: float  # of the first logits, median over rows; see ``compare``
 
 
 @dataclass(frozen=True)
@@ -252,43 +231,6 @@ def start_ranks() -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
-
-
-def show(lines: list[Line], csv_path: Path | None, plot_path: Path | None) -> None:
-    """A table on the terminal; rows appended to the CSV; a plot of all of the CSV's rows."""
-    table = Table(*(field.name for field in fields(Line)))
-    for line in lines:
-        table.add_row(*map(str, asdict(line).values()))
-    Console(width=200).print(table)
-    if csv_path is not None:
-        new = not csv_path.exists()
-        csv_path.parent.mkdir(parents=True, exist_ok=True)
-        with csv_path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Line)])
-            if new:
-                writer.writeheader()
-            writer.writerows(map(asdict, lines))
-    if plot_path is not None:
-        plot(lines, plot_path)
-
-
-def plot(lines: list[Line], path: Path) -> None:
-    """Step time over batch, one curve a variant and cache length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for key in sorted({(line.ranks, line.max_len, line.variant) for line in lines}):
-        curve = [line for line in lines if (line.ranks, line.max_len, line.variant) == key]
-        label = f"{key[2]}, {key[0]} GPU, cache {key[1]}"
-        axes.plot([line.batch for line in curve], [line.step_ms for line in curve], marker="o", label=label)
-    axes.set(xlabel="sequences a rank", ylabel="ms a decode step", xscale="log", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def main(

@@ -5,42 +5,46 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
+from graphs.profiling import Span, idle_of, traced
 
 # First match wins. Names as the profiler shows them on Hopper with torch 2.11; Inductor's carry the fused ops' names.
 GROUPS = (
-    ("communication", r"nccl|_dispatch_kernel|_combine_kernel|_combine_add_kernel|_metadata_kernel"),
-    ("experts", r"gate_up_(few|many)_kernel|down_(few|many)_kernel|topk_sum_kernel|_align_kernel|_count_kernel|"
-                r"_scatter_kernel|GroupProblemShape|grouped|Grouped"),
-    ("attention", r"fmha|flash|attention|cudnn|_attend_kernel|_merge_kernel"),
+    ("communication", r"nccl|_dispatch\w*_kernel|_combine\w*_kernel|_metadata_kernel"),
+    ("experts", r"gate_up_\w+_kernel|down_\w+_kernel|topk_sum_kernel|_align_kernel|_count_kernel|_scatter_kernel|"
+                r"experts?_\w*kernel|GroupProblemShape|grouped|Grouped"),
+    ("attention", r"_attend_kernel|_merge_kernel|fmha|flash_fprop|efficient_attention"),
+    ("repeat_kv", r"triton_poi.*clone.*expand"),
+    ("router", r"softmax|topk|TopK|bitonic|triton_per_fused__to_copy__unsafe_view_.*div_.*sum"),
     ("sampling", r"argmax|multinomial"),
-    ("router", r"softmax|topk|TopK|bitonic"),
-    ("sorting", r"[Ss]ort|histc|kernelHistogram|cub::|radix|scan"),
-    ("dense GEMM", r"nvjet|gemm|gemv|splitK|cublas|cutlass|triton_tem|_mm_"),
-    ("repeat_kv", r"clone.*expand|expand.*clone|repeat"),
-    ("cache writes", r"index_copy|index_put"),
-    ("norms, rope", r"rsqrt|pow|mean|cos|sin|neg|cat"),
+    ("sorting", r"[Ss]ort|histc|kernelHistogram|cub::|radix|cumsum"),
+    ("dense GEMM", r"_thin_linear_kernel|nvjet|gemm|gemv|splitK|cublas|cutlass"),
+    ("rope, cache writes", r"index_copy|index_put|cos|sin"),
+    ("norms", r"rsqrt|pow|mean"),
 )  # fmt: skip
 OTHER = "other pointwise"
 
 
-@dataclass
-class Kernel:
-    """One kernel or copy of a trace; µs."""
+class Kernel(NamedTuple):
+    """One kernel or copy of a trace; µs. ``launch`` tells graph replays apart."""
 
     name: str
     start: float
     length: float
-    replay: int
+    launch: int
 
 
 @dataclass
 class Profile:
-    """µs a replay by group, launches a replay, and idle shares of the whole window."""
+    """µs a replay by group, launches a replay, and idle shares of the whole window.
+
+    Kernels that start before the one ahead has ended overlap it, so the groups can add up to more than the step.
+    """
 
     step_us: float
     groups: dict[str, tuple[float, float]]  # name -> (µs, launches)
@@ -50,11 +54,10 @@ class Profile:
 
     def text(self) -> str:
         """A table, longest group first."""
-        lines = [f"{name:16} {us:8.1f} us {count:6.1f} launches" for name, (us, count) in self.groups.items()]
-        lines.append(
-            f"{'step':16} {self.step_us:8.1f} us; idle inside {self.idle_inside:.1%}, between {self.idle_between:.1%}"
-        )
-        return "\n".join(lines)
+        lines = [f"{name:18} {us:8.1f} us {count:6.1f} launches" for name, (us, count) in self.groups.items()]
+        launches = sum(count for _, count in self.groups.values())
+        idle = f"idle inside {self.idle_inside:.1%}, between {self.idle_between:.2%}"
+        return "\n".join([*lines, f"{'step':18} {self.step_us:8.1f} us {launches:6.1f} launches; {idle}"])
 
 
 def group_of(name: str) -> str:
@@ -62,15 +65,13 @@ def group_of(name: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, name)), OTHER)
 
 
-def profile(step: Callable[[], None], replays: int = 10) -> Profile:
+def profile(step: Callable[[], None], replays: int = 20) -> Profile:
     """Trace ``replays`` back-to-back calls of ``step``, each one CUDA graph launch."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
-        for _ in range(replays):
-            step()
-        torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        prof.export_chrome_trace(str(path))
+        with traced(path):
+            for _ in range(replays):
+                step()
         events = json.loads(path.read_text())["traceEvents"]
     kernels = [
         Kernel(e["name"], float(e["ts"]), float(e["dur"]), e.get("args", {}).get("correlation", 0))
@@ -80,42 +81,25 @@ def profile(step: Callable[[], None], replays: int = 10) -> Profile:
     return summarise(kernels)
 
 
-def summarise(kernels: list[Kernel]) -> Profile:
-    """Add up; replays are told apart by the launch that their kernels share, the largest launch being the graph."""
-    sizes: dict[int, int] = {}
+def summarise(kernels: Sequence[Kernel]) -> Profile:
+    """Add up. What is not part of a graph launch (a launch with few kernels) is left out of the groups."""
+    sizes = Counter(kernel.launch for kernel in kernels)
+    graphs = {launch for launch, count in sizes.items() if 2 * count > max(sizes.values())}
+    idle = idle_of([Span(k.start, k.start + k.length, k.launch) for k in kernels])
+    times: dict[str, list[float]] = {}
     for kernel in kernels:
-        sizes[kernel.replay] = sizes.get(kernel.replay, 0) + 1
-    graphs = {replay for replay, count in sizes.items() if 2 * count > max(sizes.values())}
-    kernels = sorted((k for k in kernels if k.replay in graphs), key=lambda k: k.start)
-    inside, between = _idle(kernels)
-    window = max(k.start + k.length for k in kernels) - kernels[0].start
-    by_group: dict[str, list[float]] = {}
-    by_name: dict[str, list[float]] = {}
-    for kernel in kernels:
-        by_group.setdefault(group_of(kernel.name), []).append(kernel.length)
-        by_name.setdefault(kernel.name, []).append(kernel.length)
+        if kernel.launch in graphs:
+            times.setdefault(kernel.name, []).append(kernel.length)
     each = len(graphs)
-    groups = {name: (sum(values) / each, len(values) / each) for name, values in by_group.items()}
-    names = [(name, sum(values) / each, len(values) / each) for name, values in by_name.items()]
+    names = [(name, sum(values) / each, len(values) / each) for name, values in times.items()]
+    groups: dict[str, tuple[float, float]] = {}
+    for name, us, count in names:
+        total, launches = groups.get(group_of(name), (0.0, 0.0))
+        groups[group_of(name)] = (total + us, launches + count)
     return Profile(
-        step_us=window / each,
+        step_us=idle.window_us / each,
         groups=dict(sorted(groups.items(), key=lambda item: -item[1][0])),
         kernels=sorted(names, key=lambda item: -item[1]),
-        idle_inside=inside / window,
-        idle_between=between / window,
+        idle_inside=idle.inside,
+        idle_between=idle.between,
     )
-
-
-def _idle(kernels: list[Kernel]) -> tuple[float, float]:
-    """µs without any kernel running, inside a replay and between two."""
-    inside = between = 0.0
-    end, replay = kernels[0].start, kernels[0].replay
-    for kernel in kernels:
-        gap = max(0.0, kernel.start - end)
-        if kernel.replay == replay:
-            inside += gap
-        else:
-            between += gap
-        if kernel.start + kernel.length > end:
-            end, replay = kernel.start + kernel.length, kernel.replay
-    return inside, between
