@@ -43,7 +43,10 @@ class Dequantized:
 
 
 def fp8_blocks(weight: Tensor, scale: Tensor, *, dtype: torch.dtype, block: tuple[int, int] = FP8_BLOCK) -> Tensor:
-    """``weight (R, C)`` or ``(E, R, C)`` e4m3 times ``scale (..., R / block, C / block)``, or times one number; rounded once."""
+    """``weight (R, C)`` or ``(E, R, C)`` e4m3, times ``scale (..., R / block, C / block)`` or one number.
+
+    The product is fp32, rounded once to ``dtype``.
+    """
     out = torch.empty(weight.shape, dtype=dtype)
     if scale.numel() == 1:
         return out.copy_(weight.float() * scale.float())

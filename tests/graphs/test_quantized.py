@@ -1,4 +1,4 @@
-"""FP8 and MXFP4 checkpoints: every rank reads its own experts of them, equal to the dequantised checkpoint to the bit."""
+"""FP8 and MXFP4 checkpoints: every rank reads its own experts, equal to the dequantised checkpoint bit by bit."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Counting:
 @pytest.mark.parametrize("case", CASES)
 def test_other_ranks_experts_are_not_read(tmp_path: Path, case: str):
     """Three ranks, eight experts: each element of an expert and of its scales is read by one rank, once."""
-    packed, plain = CASES[case](tmp_path)
+    packed, _ = CASES[case](tmp_path)
     config = transformers.AutoConfig.from_pretrained(packed)
     stored_as = hf_compat.quantization(config)
     config = hf_compat.without_quantization(config)
