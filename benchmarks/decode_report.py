@@ -43,8 +43,23 @@ def show(lines: list[Line], csv_path: Path | None, plot_path: Path | None) -> No
             if new:
                 writer.writeheader()
             writer.writerows(map(asdict, lines))
+        print("\n".join(scaling(csv_path)))
     if plot_path is not None:
         plot(lines, plot_path)
+
+
+def scaling(csv_path: Path) -> list[str]:
+    """How tokens/s grow with the ranks at an equal batch a rank, from a CSV; of equal rows the last counts."""
+    with csv_path.open() as file:
+        rows = {(r["variant"], int(r["batch"]), r["max_len"], int(r["ranks"])): r for r in csv.DictReader(file)}
+    found = []
+    for (variant, batch, max_len, ranks), row in sorted(rows.items()):
+        fewer = rows.get((variant, batch, max_len, ranks // 2))
+        if ranks % 2 == 0 and fewer is not None:
+            grown = float(row["tokens_per_s"]) / float(fewer["tokens_per_s"])
+            change = f"{grown:.2f} x the tokens/s from {ranks // 2} to {ranks} ranks"
+            found.append(f"{variant}, batch {batch} a rank: {change}")
+    return found
 
 
 def plot(lines: list[Line], path: Path) -> None:
