@@ -16,9 +16,12 @@ import typer
 from moe_ops.errors import ArgumentError, MoeEpError
 
 if TYPE_CHECKING:
-    from .job import DecodeJob
+    from .job import DecodeJob, Outcome
     from .launch import Emit
     from .report import DecodeReport
+    from .requests import Request
+
+    Lines = list[tuple[int, Request]]
 
 app = typer.Typer(help="Expert-parallel MoE inference in one CUDA graph a step.", add_completion=False)
 
@@ -42,7 +45,9 @@ def decode(
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or Hub name; default: a random one.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Ranks to start; default 2 (1 on a single GPU).")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for each prompt.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts of rank 0; the other ranks have fewer.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts of rank 0, the others have fewer; or slots a rank.")] = 4,
+    requests: Annotated[Path | None, typer.Option(help="JSON lines of prompts (text or token numbers).")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder for a Chrome trace of each rank.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU, else bfloat16) or a torch dtype.")] = "auto",
     transport: Annotated[str, typer.Option(help="auto, multicast, p2p, nccl or gloo.")] = "auto",
@@ -51,7 +56,9 @@ def decode(
 ) -> None:
     """Decode an MoE model whose experts are spread over ranks, and compare it with plain Hugging Face.
 
-    Starts its own ranks, or is one of them under torchrun.
+    Starts its own ranks, or is one of them under torchrun. Decodes random prompts, or with --requests those of a
+    file: each line a prompt or {"prompt": ..., "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+    "stop_ids"}. Answers go to stdout, a JSON object a line in the order of the file; the report then to stderr.
     """
     from . import launch
 
@@ -60,12 +67,13 @@ def decode(
     device, ranks = choose_device(device, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", 0)) if torchrun else None)
     dtype = choose_dtype(dtype, device)
     with launch.stdout_kept_clean() as stdout, checkpoint(model, dtype) as folder:
-        job = make_job(folder, tokens, batch, device, dtype, transport, check)
+        lines = read_lines(requests, folder, tokens)
+        job = make_job(folder, tokens, batch, device, dtype, transport, check, lines, profile)
         with progress_display(enabled=not torchrun or launch.is_first()) as on_event:
-            report = run_here(job, on_event) if torchrun else start_ranks(job, ranks, on_event)
-        if report is not None:
-            os.write(stdout, render(report, as_json).encode())
-    if report is not None and report.matches_reference is False:
+            outcome = run_here(job, on_event) if torchrun else start_ranks(job, ranks, on_event)
+        if outcome is not None:
+            show(outcome, answer_objects(lines, outcome, folder), as_json, stdout)
+    if outcome is not None and outcome.report.matches_reference is False:
         sys.exit(1)
 
 
@@ -151,10 +159,25 @@ def choose_dtype(dtype: str, device: str) -> str:
     return dtype
 
 
-def make_job(folder: str, tokens: int, batch: int, device: str, dtype: str, transport: str, check: bool) -> DecodeJob:
+def read_lines(path: Path | None, folder: str, tokens: int) -> Lines:
+    """The requests of a file with their line numbers; none without a file."""
+    from .request_file import Checkpoint, read_requests
+
+    return read_requests(path, Checkpoint(folder), tokens) if path is not None else []
+
+
+def make_job(
+    folder: str, tokens: int, batch: int, device: str, dtype: str, transport: str, check: bool, lines: Lines,
+    profile: Path | None,
+) -> DecodeJob:  # fmt: skip
     from .job import DecodeJob
 
-    return DecodeJob(folder, tokens=tokens, batch=batch, device=device, dtype=dtype, transport=transport, check=check)
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
+    return DecodeJob(
+        folder, tokens=tokens, batch=batch, device=device, dtype=dtype, transport=transport, check=check,
+        requests=tuple(request for _, request in lines), profile=None if profile is None else str(profile),
+    )  # fmt: skip
 
 
 @contextmanager
@@ -174,7 +197,7 @@ def checkpoint(model: str | None, dtype: str) -> Iterator[str]:
         yield str(make_checkpoint(Path(folder), dtype=getattr(torch, dtype)))
 
 
-def start_ranks(job: DecodeJob, ranks: int, on_event: Emit) -> DecodeReport:
+def start_ranks(job: DecodeJob, ranks: int, on_event: Emit) -> Outcome:
     """Run the job in new processes."""
     from .job import run_rank
     from .launch import run_ranks
@@ -182,7 +205,7 @@ def start_ranks(job: DecodeJob, ranks: int, on_event: Emit) -> DecodeReport:
     return run_ranks(run_rank, job, ranks=ranks, device=job.device, on_event=on_event)[0]
 
 
-def run_here(job: DecodeJob, on_event: Emit) -> DecodeReport | None:
+def run_here(job: DecodeJob, on_event: Emit) -> Outcome | None:
     """Run the job as the rank that torchrun made of this process."""
     from . import launch
     from .job import run_rank
@@ -192,10 +215,28 @@ def run_here(job: DecodeJob, on_event: Emit) -> DecodeReport | None:
         return run_rank(rank, world_size, job, on_event)
 
 
-def render(report: DecodeReport, as_json: bool) -> str:
-    """The report as one JSON object, or as a table."""
+def answer_objects(lines: Lines, outcome: Outcome, folder: str) -> list[dict]:
+    """The answers to a file's requests, in its order."""
+    from .request_file import Checkpoint, answer_line
+
+    if not lines:
+        return []
+    known = Checkpoint(folder)
+    return [answer_line(line, answer, known) for (line, _), answer in zip(lines, outcome.answers, strict=True)]
+
+
+def show(outcome: Outcome, answers: list[dict], as_json: bool, stdout: int) -> None:
+    """Write the answers and the report: one JSON object, or answers and a table."""
     if as_json:
-        return json.dumps(report.as_dict()) + "\n"
+        whole = outcome.report.as_dict() | ({"answers": answers} if answers else {})
+        os.write(stdout, (json.dumps(whole) + "\n").encode())
+        return
+    os.write(stdout, "".join(json.dumps(answer) + "\n" for answer in answers).encode())
+    os.write(2 if answers else stdout, as_table(outcome.report).encode())
+
+
+def as_table(report: DecodeReport) -> str:
+    """The report as aligned lines."""
     width = max(len(label) for label, _ in report.rows())
     return "".join(f"{label:<{width}}  {text}\n" for label, text in report.rows())
 

@@ -16,16 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lowering  # noqa: F401  its passes run whenever a step is compiled
-from moe_ops import get_workspace
 from moe_ops.errors import CapacityError
-from moe_ops.workspace import DEFAULT_TIMEOUT_S
 
 from .attention import use_decode_attention
 from .errors import RequestError
 from .experts import ExpertParallelState
 from .hf_compat import Model
 from .hf_slots import adapt_attention
-from .meeting import Meetings
+from .meeting import meetings_of
 from .requests import Answer, Request, problem_with
 from .sampling import Sampler, greedy
 from .sharding import check_peers, expert_parallel_state, shard_experts
@@ -81,7 +79,7 @@ class DecodeLoop:
         self.model, self.batch, self.max_len, self.look_every = model, batch, max_len, look_every
         self.samples, self.batch_invariant = sampler is not greedy, batch_invariant
         self.state = _prepared(model)
-        self._meetings = _meetings(self.state)
+        self._meetings = meetings_of(self.state)
         self.group_batch = self._agree_on_shape()
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._lag = 1 if self.state.live.is_cuda else 0
@@ -105,7 +103,8 @@ class DecodeLoop:
     def run(self, steps: int, on_step: Callable[[int], None] | None = None) -> list[Answer]:
         """Decode ``steps`` steps, the same number on every rank; returns the answers that became complete.
 
-        ``on_step(i)`` is called after the i-th launch. The host waits for the device at the end.
+        Steps for which no rank has a request are left out. ``on_step(i)`` is called after the i-th launch. The host
+        waits for the device at the end.
         """
         answers: list[Answer] = []
         for first in range(0, steps, self.look_every):
@@ -289,14 +288,6 @@ def _prepared(model: Model) -> ExpertParallelState:
         state = expert_parallel_state(model)
     assert state is not None
     return state
-
-
-def _meetings(state: ExpertParallelState) -> Meetings:
-    """Of the model's group, with its patience."""
-    workspace = get_workspace(state.group_name)
-    if workspace is None:
-        return Meetings(None, DEFAULT_TIMEOUT_S)
-    return Meetings(workspace.group, workspace.config.timeout_s)
 
 
 def _compiled(step: nn.Module | None, compile: bool, backend: str | Callable | None) -> Any:

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moe_ops import get_workspace
 from moe_ops.transports import exchange, group_store
+from moe_ops.workspace import DEFAULT_TIMEOUT_S
+
+from .experts import ExpertParallelState
 
 
 class Meetings:
@@ -32,3 +36,11 @@ class Meetings:
         if self.number > 2:  # whoever is at this meeting has read the one before last
             self._store.delete_key(f"{self._key}/{self.number - 3}/{self._rank}")
         return everyone
+
+
+def meetings_of(state: ExpertParallelState) -> Meetings:
+    """Of a model's group, with its patience."""
+    workspace = get_workspace(state.group_name)
+    if workspace is None:
+        return Meetings(None, DEFAULT_TIMEOUT_S)
+    return Meetings(workspace.group, workspace.config.timeout_s)

@@ -62,14 +62,17 @@ class DecodeReport:
     tokens: int  # decoded over all ranks, the first token of each prompt included
     tokens_per_s: float  # over all ranks, without the steps that compile
     matches_reference: bool | None  # None: not compared
+    gpu_idle: float | None = None  # share of the traced time between two launches; None: not traced, or no GPU
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; ``gpu_idle`` only if it was measured."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name != "gpu_idle" or value is not None}
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and text, for a table."""
         match = {True: "yes, every token", False: "NO", None: "not compared"}[self.matches_reference]
+        idle = [] if self.gpu_idle is None else [("GPU idle between replays", f"{self.gpu_idle:.2%}")]
         return [
             ("ranks", f"{self.ranks} on {self.device}"),
             ("transport", f"{self.transport} ({self.transport_reason})"),
@@ -78,5 +81,6 @@ class DecodeReport:
             ("CUDA graphs per rank", str(self.cuda_graphs)),
             ("tokens", str(self.tokens)),
             ("tokens/s", f"{self.tokens_per_s:.1f}"),
+            *idle,
             ("matches plain Hugging Face", match),
         ]

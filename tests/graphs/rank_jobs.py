@@ -99,7 +99,7 @@ def check_chunked_prefill(rank: int, folder: Path) -> None:
 
 
 def check_serving(rank: int, folder: Path) -> None:
-    """Requests come and go on both ranks, rank 1 has fewer: each answer is that of the request alone, from one graph."""
+    """Requests come and go, rank 1 has fewer: each answer is that of the request alone, from one graph."""
     model = graphs.from_pretrained(folder / "deepseek_v3", **SIZES)
     keeper, before = GraphKeeper(), compile_counts()
     options: dict[str, Any] = {"sampler": graphs.sample, "batch_invariant": True, "backend": keeper}

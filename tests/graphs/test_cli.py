@@ -24,10 +24,13 @@ KEYS = [
 REPORT = DecodeReport(2, "cpu", "gloo", "why", 0, 0, 0, 10, 5.0, True)
 
 
-def moe_ep(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does, from this checkout."""
+def moe_ep(
+    *arguments: str, launcher: tuple[str, ...] = (), compiled: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, from this checkout; where compilation is not the point, without it."""
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    environment |= {} if compiled else {"TORCH_COMPILE_DISABLE": "1"}
     program = [sys.executable, *launcher, "-m", "graphs", *arguments]
     return subprocess.run(program, capture_output=True, text=True, timeout=280, env=environment)
 
@@ -50,11 +53,49 @@ def test_under_torchrun_with_a_checkpoint_of_the_users(tmp_path: Path):
     folder = make_checkpoint(tmp_path, "mixtral", torch.bfloat16)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     arguments = ("decode", "--model", str(folder), "--tokens", "6", "--batch", "2", "--dtype", "bfloat16")
-    done = moe_ep(*arguments, launcher=torchrun)
+    done = moe_ep(*arguments, launcher=torchrun, compiled=False)
     assert done.returncode == 0, done.stderr
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     assert rows["ranks"].strip() == "2 on cpu" and rows["matches plain Hugging Face"].strip().startswith("yes")
     assert rows["tokens"].strip() == str((2 + 1) * 6)
+
+
+REQUESTS = """
+{"prompt": "the cat sat", "max_new_tokens": 5}
+[5, 6, 7]
+
+{"prompt": [9, 8], "temperature": 0.8, "top_p": 0.9, "seed": 3, "stop_ids": []}
+"""
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """A checkpoint whose tokenizer knows 512 words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[UNK]", "the", "cat", "sat", *(f"w{number}" for number in range(4, 512))]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+def test_requests_of_a_file_are_answered_in_its_order(tmp_path: Path):
+    folder = with_tokenizer(make_checkpoint(tmp_path / "model", "mixtral"))
+    (tmp_path / "prompts.jsonl").write_text(REQUESTS)
+    arguments = ("--requests", str(tmp_path / "prompts.jsonl"), "--tokens", "4", "--profile", str(tmp_path / "trace"))
+    done = moe_ep("decode", "--model", str(folder), "--batch", "2", *arguments, compiled=False)
+    assert done.returncode == 0, done.stderr
+    first, second, third = map(json.loads, done.stdout.splitlines())
+    plain = plain_model("mixtral")
+    assert first["tokens"] == plain_answers(plain, [[1, 2, 3]], 5)[0]
+    assert first["text"] == " ".join(["[UNK]", "the", "cat", "sat"][t] if t < 4 else f"w{t}" for t in first["tokens"])
+    assert second["tokens"] == plain_answers(plain, [[5, 6, 7]], 4)[0]
+    assert len(third["tokens"]) == 4
+    assert [answer["line"] for answer in (first, second, third)] == [2, 3, 5]
+    assert {answer["reason"] for answer in (first, second, third)} == {"length"}
+    assert "yes, every token" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "trace").iterdir()) == ["rank0.json", "rank1.json"]
 
 
 def run_in_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -68,7 +109,7 @@ def run_in_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.mark.parametrize(("matches", "status"), [(True, 0), (False, 1), (None, 0)])
 def test_exit_status_tells_the_match(monkeypatch, capfd, tmp_path: Path, matches: bool | None, status: int):
     report = DecodeReport(**REPORT.as_dict() | {"matches_reference": matches})
-    monkeypatch.setattr(cli, "start_ranks", lambda *_: report)
+    monkeypatch.setattr(cli, "start_ranks", lambda *_: job.Outcome(report, []))
     assert run_in_process(monkeypatch, "decode", "--model", str(tmp_path), "--json") == status
     assert json.loads(capfd.readouterr().out)["matches_reference"] is matches
 
@@ -170,7 +211,7 @@ def test_report_over_ranks_hides_nothing():
 
 
 def test_table_names_what_the_report_holds():
-    table = cli.render(REPORT, as_json=False)
+    table = cli.as_table(REPORT)
     for text in ("gloo (why)", "graph breaks", "recompiles", "CUDA graphs", "tokens/s", "yes, every token"):
         assert text in table
 
