@@ -86,6 +86,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "ZayaExperts": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
 MODEL = {"Qwen3OmniMoeTalkerTextExperts": "Qwen3OmniMoeTalkerModel"}  # where the first text model is another one
+KEEPS_FP32 = {"Inkling2Experts"}  # what the family names runs in fp32 whatever the model's dtype, and needs to
 AFTER_BUILD = {"Qwen3OmniMoeTalkerTextExperts": {"shared_expert_intermediate_size": 16}}  # 5.17 forgets to declare it
 
 
@@ -144,17 +145,12 @@ def build(entry: ExpertsClass, dtype: torch.dtype = torch.float32, **overrides: 
         for module in own_experts(model, entry):
             for parameter in module.parameters(recurse=False):
                 parameter.normal_(std=0.3)
-    return in_dtype(model, dtype).eval()
-
-
-def in_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """As ``from_pretrained(dtype=...)``: some families keep a few parameters in fp32."""
     model = model.to(dtype)
-    kept = [re.compile(name) for name in getattr(model, "_keep_in_fp32_modules_strict", None) or ()]
+    kept = model._keep_in_fp32_modules_strict if entry.name in KEEPS_FP32 else ()
     for name, parameter in model.named_parameters():
-        if any(pattern.search(name) for pattern in kept):
+        if any(part in name for part in kept):
             parameter.data = parameter.data.float()
-    return model
+    return model.eval()
 
 
 def own_experts(model: Any, entry: ExpertsClass) -> list[Any]:
