@@ -9,9 +9,10 @@ ranks start a replay from a barrier, so waiting for a peer inside an op counts. 
 barrier            ``metadata_update``: the bare exchange of one word with every peer
 endless            the same exchange without a limit of time: what bounded waits cost
 turns              ``agv_dispatch_into`` and ``rsv_combine_from`` in turn, no extra barrier: what the compiler emits
+routed             the same with ``experts_per_rank``: rows travel to and from ranks with an expert for them only
 into, from         the two alone, each with its extra barrier
 dispatch, combine  the functional ops: fresh outputs, slots in between
-ratio              turns / (all_gather + reduce_scatter); ``functional``: (dispatch + combine) / the same
+ratio              turns / (all_gather + reduce_scatter); ``ratio_routed`` and ``functional`` likewise
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from moe_ops.ptx import LANES, poll_word
 from moe_ops.selfcheck import Case, check_round
 
 CALLS = 10
+EXPERTS = 256  # ids are drawn evenly
 TARGETS = {8: 0.48, 16: 0.48, 64: 0.40, 128: 0.50, 512: 0.68, 4096: 0.88}  # ours / NCCL, both directions
 
 
@@ -88,7 +90,7 @@ def measure(sizes: Sizes, ws: moe_ops.Workspace, replays: int) -> dict[str, floa
     rows, hidden, top_k = sizes
     world, name, ops = ws.world_size, ws.group_name, torch.ops.moe_ep
     x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
-    ids = torch.randint(0, 256, (rows, top_k), device="cuda", dtype=torch.int32)
+    ids = torch.randint(0, EXPERTS, (rows, top_k), device="cuda", dtype=torch.int32)
     weights = torch.rand(rows, top_k, device="cuda")
     count = torch.tensor([rows], dtype=torch.int32, device="cuda")
     gathered = world * rows
@@ -98,22 +100,19 @@ def measure(sizes: Sizes, ws: moe_ops.Workspace, replays: int) -> dict[str, floa
     output.copy_(y)
     nccl_in, nccl_out = torch.empty_like(y), torch.empty_like(x)
 
-    def into(alone: bool) -> None:
-        ops.agv_dispatch_into(x, ids, weights, count, metadata, *batch, name, entry_barrier=alone)
-
-    def combined(alone: bool) -> torch.Tensor:
-        return ops.rsv_combine_from(output, count, metadata, rows, [], name, exit_barrier=alone)
-
-    def turn() -> None:
-        into(False)
-        combined(False)
+    def turn(per_rank: int = 0) -> None:
+        barrier = {"entry_barrier": False, "experts_per_rank": per_rank}
+        ops.agv_dispatch_into(x, ids, weights, count, metadata, *batch, name, **barrier)
+        routing = {"topk_ids": ids, "experts_per_rank": per_rank}
+        ops.rsv_combine_from(output, count, metadata, rows, [], name, exit_barrier=False, **routing)
 
     calls: dict[str, Callable[[], object]] = {
         "barrier": lambda: ops.metadata_update(count, name),
         "endless": lambda: endless_barrier(ws, count),
         "turns": turn,
-        "into": lambda: into(True),
-        "from": lambda: combined(True),
+        "routed": lambda: turn(-(-EXPERTS // world)),
+        "into": lambda: ops.agv_dispatch_into(x, ids, weights, count, metadata, *batch, name),
+        "from": lambda: ops.rsv_combine_from(output, count, metadata, rows, [], name),
         "dispatch": lambda: ops.agv_dispatch(x, ids, weights, count, metadata, gathered, name),
         "combine": lambda: ops.rsv_combine(y, count, metadata, rows, name),
         "all_gather": lambda: dist.all_gather_into_tensor(nccl_in, x),
@@ -124,6 +123,7 @@ def measure(sizes: Sizes, ws: moe_ops.Workspace, replays: int) -> dict[str, floa
     wire = 2 * (world - 1) * rows * hidden * 2 / 1e3  # KB in each direction, there and back: KB / µs = GB/s
     return result | {
         "ratio": result["turns"] / nccl,
+        "ratio_routed": result["routed"] / nccl,
         "functional": (result["dispatch"] + result["combine"]) / nccl,
         "turns_GBps": wire / result["turns"],
     }

@@ -70,7 +70,7 @@ def launch_combine(
 
     layout = channel.layout
     out = _empty_output(expert_output, num_rows, out_dtype)
-    launch = launch or choose_launch(_OP, expert_output.shape[0], layout.hidden_row, expert_output.device.type)
+    launch = launch or choose_launch(_OP, expert_output.shape[0], channel)
     _combine_kernel[(launch.blocks,)](
         channel.peers(),
         Slots(layout.combine_offset, layout.combine_slot, layout.capacity),

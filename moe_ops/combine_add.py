@@ -100,7 +100,7 @@ def launch_combine_add(
     routing = (
         Routing(*pairs[1:], experts_per_rank) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0, 0)
     )
-    launch = choose_launch("rsv_combine", max_tokens, layout.hidden_row, rows.device.type)
+    launch = choose_launch("rsv_combine", max_tokens, channel)
     _combine_add_kernel[(launch.blocks,)](
         channel.peers(),
         Slots(layout.combine_offset, layout.combine_slot, layout.capacity),

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from .barrier import enter, leave, live_rows, load_counts, signal, wait
-from .chunks import first_unit, gather_chunk, row_chunks, slot_offset
+from .chunks import Rows, first_unit, gather_chunk, row_chunks, slot_offset
 from .combine_kernels import _add, _addresses, _floats, _sources, _store_octet, _sum_over_ranks
 from .ptx import round_pair, store_chunk
+from .routed_kernels import ranks_of
 from .symmetric import OP_CODES
 
 _OP = tl.constexpr(OP_CODES["rsv_combine"])
@@ -25,6 +26,14 @@ class Routing(NamedTuple):
     weights: object
     expert_start: int
     num_experts: int
+    experts_per_rank: int  # 0: unknown
+
+
+@triton.jit
+def routing_rows(routing, TOP_K: tl.constexpr):
+    """The ids as ``chunks.Rows``."""
+    SIZE: tl.constexpr = routing.ids.dtype.element_ty.primitive_bitwidth // 8
+    return Rows(routing.ids, TOP_K * SIZE, SIZE, TOP_K)
 
 
 @triton.jit
@@ -118,13 +127,14 @@ def _join(values, loaded, scale, DTYPE: tl.constexpr, ADDENDS: tl.constexpr, ROU
 def _combine_add_kernel(
     peers, slots, source, routing, out, addends, scale, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, num_rows,
     W: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr,
-    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr,
+    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
     """``combine_kernels._combine_kernel`` with joined ends. Grid and units are the same: G programs.
 
     TOP_K 0: ``source (M, H)`` are rows; else ``(M * TOP_K, H)`` are pairs, summed with ``routing``'s weights.
     Example: TOP_K 2, weights [0.5, 2], ids [local, remote]: rank's row is 0.5 * pair 0, rounded; one addend [[1, ...]]
     makes a dead row 1 and a live row its sum over ranks, rounded, plus 1.
+    ROUTED: not 0, a power of two >= TOP_K: pull only from ranks with an expert for the row; others have zeros there.
     """
     DTYPE: tl.constexpr = source.data.dtype.element_ty
     OUT: tl.constexpr = out.data.dtype.element_ty
@@ -154,12 +164,14 @@ def _combine_add_kernel(
     for unit in tl.range(first_unit(offset * segments), (offset + num_rows) * segments, tl.num_programs(0)):
         row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         loaded = _load_addends(addends, row - offset, octet, octet < octets, ADDENDS, ALIGNED_OUT)
-        values = ()
+        values, ranks = (), -1
+        if ROUTED:
+            ranks = ranks_of(routing_rows(routing, TOP_K), row, live_end, routing.experts_per_rank, ROUTED)
         for half in tl.static_range(HALVES):
             chunk = octet * HALVES + half
-            inside = (chunk < chunks) & (row < live_end)
-            at = (row * chunks + chunk) * 16
-            values = values + _sum_over_ranks(_addresses(bases, at, at, -1, COUNT), inside, COUNT, DTYPE, MULTICAST)
+            inside, at = (chunk < chunks) & (row < live_end), (row * chunks + chunk) * 16
+            at = _addresses(bases, at, at, -1, COUNT)
+            values = values + _sum_over_ranks(at, inside, ranks, COUNT, DTYPE, MULTICAST)
         values = _join(values, loaded, scale, OUT, ADDENDS, ROUND_EACH)
         _store_octet(out, row - offset, octet, values, octet < octets, ALIGNED_OUT)
     leave(peers, call)

@@ -7,6 +7,9 @@ comes next may overwrite the buffer. ``exit_barrier=False`` leaves that meeting 
 others, in any communication op of the group, before it writes to the buffer again (docs/protocol.md): in strict turns
 of dispatch_into, experts and combine_from it always is, if the experts count rows by what dispatch_into returned.
 
+``topk_ids`` (num_rows, K) with ``experts_per_rank`` not 0 promise that expert ``e`` lies on rank
+``e // experts_per_rank``, and that ranks without an expert for a row have zeros there: they are not read.
+
 ``combine_from(ws, expert_output, local_tokens, metadata, num_rows, epilogue, ...)`` is the launcher that other ops
 compose.
 """
@@ -14,6 +17,7 @@ compose.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +27,22 @@ from .buffers import SymmetricTensors
 from .combine import _check as _check_combine
 from .combine import _empty_output
 from .combine_add import Epilogue, apply_epilogue, check_epilogue
-from .comm_launch import Launch, choose_launch, is_aligned, place_of, rows_of
+from .comm_launch import Launch, choose_launch, is_aligned, place_of, routed_ids, rows_of
+from .errors import ShapeError
 from .registration import register_op
-from .shapes import check_dtype
+from .shapes import INDEX_DTYPES, check_dtype
 from .symmetric import Channel
 from .workspace import Workspace, resolve
 
 _OP = "rsv_combine_from"
 NO_EPILOGUE = Epilogue((), 1.0, False)
+
+
+class Routing(NamedTuple):
+    """This rank's ids ``(num_rows, K)``; expert ``e`` lies on rank ``e // experts_per_rank``."""
+
+    topk_ids: Tensor
+    experts_per_rank: int
 
 
 def launch_combine_from(
@@ -44,6 +56,7 @@ def launch_combine_from(
     out_dtype: torch.dtype | None = None,
     *,
     exit_barrier: bool = True,
+    routing: Routing | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """The kernel over symmetric memory: one launch, one barrier, or two with ``exit_barrier``."""
@@ -51,13 +64,16 @@ def launch_combine_from(
 
     layout, max_tokens = channel.layout, expert_output.shape[0]
     out = _empty_output(expert_output, num_rows, out_dtype)
-    launch = launch or choose_launch(_OP, max_tokens, layout.hidden_row, out.device.type)
+    ids = routing.topk_ids if routing else local_tokens.view(1, 1)
+    launch = launch or choose_launch(_OP, max_tokens, channel)
     _combine_from_kernel[(launch.blocks,)](
         channel.peers(),
         place_of(_OP, "expert_output", expert_output, buffers),
         rows_of(out),
         tuple(map(rows_of, epilogue.addends)) or (rows_of(out),),
         epilogue.scale,
+        rows_of(ids),
+        routing.experts_per_rank if routing else 0,
         local_tokens,
         metadata,
         min(num_rows, layout.max_tokens_per_rank),
@@ -70,6 +86,7 @@ def launch_combine_from(
         ALIGNED=all(map(is_aligned, (out, *epilogue.addends))),
         MULTICAST=channel.multicast,
         EXIT=exit_barrier,
+        ROUTED=routed_ids(channel, ids.shape[1], routing.experts_per_rank) if routing else 0,
         num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
     )
     return out
@@ -85,6 +102,7 @@ def combine_from(
     out_dtype: torch.dtype | None = None,
     *,
     exit_barrier: bool = True,
+    routing: Routing | None = None,
 ) -> Tensor:
     """``(num_rows, H)``, fresh: the sum over ranks of ``expert_output`` (M, H) and its epilogue; rows >= t are zero
     before the epilogue. Raises ``SymmetricMemoryError`` where ``expert_output`` is not memory of ``ws.empty``.
@@ -104,19 +122,31 @@ def combine_from(
     check_dtype(_OP, "expert_output", expert_output, (ws.config.dtype,))
     out = launch_combine_from(
         ws.channel, ws.buffers, expert_output, local_tokens, metadata, num_rows, epilogue, dtype,
-        exit_barrier=exit_barrier,
+        exit_barrier=exit_barrier, routing=routing,
     )  # fmt: skip
     if not out.is_cuda:
         ws.check()
     return out
 
 
+def _routing(num_rows: int, topk_ids: Tensor | None, experts_per_rank: int) -> Routing | None:
+    if topk_ids is None or experts_per_rank == 0:
+        return None
+    check_dtype(_OP, "topk_ids", topk_ids, INDEX_DTYPES)
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != num_rows:
+        raise ShapeError(
+            f"{_OP}: topk_ids has shape {tuple(topk_ids.shape)}; pass (num_rows, K), num_rows = {num_rows}."
+        )
+    return Routing(topk_ids, experts_per_rank)
+
+
 def _fake(
     expert_output: Tensor, local_tokens: Tensor, metadata: Tensor, num_rows: int, addends: Sequence[Tensor],
     group_name: str, *, scale: float = 1.0, round_each: bool = True, out_dtype: torch.dtype | None = None,
-    exit_barrier: bool = True,
+    exit_barrier: bool = True, topk_ids: Tensor | None = None, experts_per_rank: int = 0,
 ) -> Tensor:  # fmt: skip
     _check_combine(expert_output, local_tokens, metadata, num_rows, out_dtype)
+    _routing(num_rows, topk_ids, experts_per_rank)
     epilogue = Epilogue(addends, scale, round_each)
     check_epilogue(_OP, epilogue, expert_output, num_rows, out_dtype or torch.bfloat16)
     return _empty_output(expert_output, num_rows, out_dtype)
@@ -125,18 +155,19 @@ def _fake(
 def _run(
     expert_output: Tensor, local_tokens: Tensor, metadata: Tensor, num_rows: int, addends: Sequence[Tensor],
     group_name: str, *, scale: float = 1.0, round_each: bool = True, out_dtype: torch.dtype | None = None,
-    exit_barrier: bool = True,
+    exit_barrier: bool = True, topk_ids: Tensor | None = None, experts_per_rank: int = 0,
 ) -> Tensor:  # fmt: skip
     ws, epilogue = resolve(group_name, _OP), Epilogue(addends, scale, round_each)
     return combine_from(
-        ws, expert_output, local_tokens, metadata, num_rows, epilogue, out_dtype, exit_barrier=exit_barrier
+        ws, expert_output, local_tokens, metadata, num_rows, epilogue, out_dtype, exit_barrier=exit_barrier,
+        routing=_routing(num_rows, topk_ids, experts_per_rank),
     )  # fmt: skip
 
 
 rsv_combine_from = register_op(
     "rsv_combine_from(Tensor expert_output, Tensor local_tokens, Tensor metadata, int num_rows, Tensor[] addends, "
-    "str group_name, *, float scale=1.0, bool round_each=True, ScalarType? out_dtype=None, bool exit_barrier=True) "
-    "-> Tensor",
+    "str group_name, *, float scale=1.0, bool round_each=True, ScalarType? out_dtype=None, bool exit_barrier=True, "
+    "Tensor? topk_ids=None, int experts_per_rank=0) -> Tensor",
     fake=_fake,
     cpu=_run,
     cuda=_run,

@@ -7,6 +7,7 @@ from .barrier import advance, enter, leave, live_rows, load_counts, signal, wait
 from .chunks import row_chunks
 from .combine_add_kernels import _join, _load_addends
 from .combine_kernels import _store_octet, _sum_over_ranks
+from .routed_kernels import ranks_of
 from .symmetric import OP_CODES
 
 _OP = tl.constexpr(OP_CODES["rsv_combine_from"])
@@ -34,15 +35,17 @@ def _shifted(bases, offset, COUNT: tl.constexpr):
 
 @triton.jit
 def _combine_from_kernel(
-    peers, source, out, addends, scale, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, num_rows,
+    peers, source, out, addends, scale, ids, experts_per_rank, local_tokens_ptr, metadata_ptr,
+    row_limit, max_tokens, num_rows,
     W: tl.constexpr, N: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr, ALIGNED: tl.constexpr,
-    MULTICAST: tl.constexpr, EXIT: tl.constexpr,
+    MULTICAST: tl.constexpr, EXIT: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
     """Sum this rank's rows of ``source``, a ``chunks.Place``, over all ranks into ``out``, then as ``_join`` says.
 
     Grid: G programs; a unit is N octets (8 elements) of a row. The rows were written by launches before this one, so a
     unit may go to any program. Example: W = 2, counts 1 and 2; rank 1 returns ``out[0]`` = row 1 of rank 0's buffer +
     row 1 of its own, ``out[1]`` likewise from row 2, and zeros after them.
+    ROUTED: not 0, a power of two >= K: pull only from ranks with an expert for the row, by its ``ids``.
     EXIT: the ranks meet again after the last load, so that later launches may overwrite the buffer.
     """
     DTYPE: tl.constexpr = source.data.dtype.element_ty
@@ -62,11 +65,14 @@ def _combine_from_kernel(
     for unit in tl.range(tl.program_id(0), num_rows * segments, tl.num_programs(0)):
         row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         loaded = _load_addends(addends, row, octet, octet < octets, ADDENDS, ALIGNED)
-        values = ()
+        values, ranks = (), -1
+        if ROUTED:
+            ranks = ranks_of(ids, row, live, experts_per_rank, ROUTED)
         for half in tl.static_range(HALVES):
             chunk = octet * HALVES + half
             at = _shifted(bases, (offset + row) * source.row_stride + chunk * 16, COUNT)
-            values = values + _sum_over_ranks(at, (chunk < chunks) & (row < live), COUNT, DTYPE, MULTICAST)
+            inside = (chunk < chunks) & (row < live)
+            values = values + _sum_over_ranks(at, inside, ranks, COUNT, DTYPE, MULTICAST)
         values = _join(values, loaded, scale, OUT, ADDENDS, ROUND_EACH)
         _store_octet(out, row, octet, values, octet < octets, ALIGNED)
     if EXIT:

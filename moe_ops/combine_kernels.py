@@ -6,6 +6,7 @@ import triton.language as tl
 from .barrier import enter, leave, live_rows, load_counts, signal, wait
 from .chunks import first_unit, gather_chunk, row_chunks, scatter_chunk, slot_offset
 from .ptx import load_chunks, reduce_chunk, round_pair, store_chunk
+from .routed_kernels import has_rank
 from .symmetric import OP_CODES
 
 _OP = tl.constexpr(OP_CODES["rsv_combine"])
@@ -58,12 +59,24 @@ def _addresses(bases, offset, own, own_rank, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _sum_over_ranks(addresses, mask, COUNT: tl.constexpr, DTYPE: tl.constexpr, MULTICAST: tl.constexpr):
-    """fp32 values of one chunk summed over all ranks: in rank order, all loads in flight before the first addition."""
+def _masks(mask, ranks, COUNT: tl.constexpr):
+    """``mask`` for each rank, off where its bit of ``ranks`` (int32) is 0."""
+    masks = ()
+    for rank in tl.static_range(COUNT):
+        masks = masks + ((mask & has_rank(ranks, rank)).to(tl.int32),)
+    return masks
+
+
+@triton.jit
+def _sum_over_ranks(addresses, mask, ranks, COUNT: tl.constexpr, DTYPE: tl.constexpr, MULTICAST: tl.constexpr):
+    """fp32 values of one chunk summed over ranks: in rank order, all loads in flight before the first addition.
+
+    A rank whose bit of ``ranks`` (int32; -1: all) is off counts as zero and is not read.
+    """
     if MULTICAST:
         total = _floats(reduce_chunk(addresses[0], mask, DTYPE), 0, DTYPE)
     else:
-        words = load_chunks(addresses, mask, COUNT)
+        words = load_chunks(addresses, _masks(mask, ranks, COUNT), COUNT)
         total = _floats(words, 0, DTYPE)
         for rank in tl.static_range(1, COUNT):
             total = _add(total, _floats(words, 4 * rank, DTYPE), 4 if DTYPE == tl.float32 else 8)
@@ -137,6 +150,6 @@ def _combine_kernel(
             inside = (chunk < chunks) & (row < live_end)
             own = source.data.to(tl.int64) + row * source.row_stride + chunk * 16
             at = _addresses(bases, (row * chunks + chunk) * 16, own, own_rank, COUNT)
-            values = values + _sum_over_ranks(at, inside, COUNT, DTYPE, MULTICAST)
+            values = values + _sum_over_ranks(at, inside, -1, COUNT, DTYPE, MULTICAST)
         _store_octet(out, row - offset, octet, values, octet < octets, ALIGNED_OUT)
     leave(peers, call)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .buffers import SymmetricTensors
 from .shapes import CHUNK_BYTES, align_up
+from .symmetric import Channel
 
 TABLE = Path(__file__).parent / "tables" / "comm.json"
 WARP = 32
@@ -36,18 +37,30 @@ def _table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
-def choose_launch(op: str, rows: int, row_bytes: int, device_type: str) -> Launch:
-    """The launch for ``rows`` (M, static) of ``row_bytes``: from values that every rank shares, never from T.
+def choose_launch(op: str, rows: int, channel: Channel) -> Launch:
+    """The launch for ``rows`` (M, static): from values that every rank shares, never from T.
 
-    Takes the first entry of ``tables/comm.json`` whose ``max_bytes`` holds the batch; the table says where
-    it comes from.
+    Takes the first entry of ``tables/comm.json`` for this number of ranks (or the next smaller one that was tuned)
+    whose ``max_bytes`` holds the batch; the table says where it comes from.
     """
-    if device_type != "cuda":
+    if channel.state.device.type != "cuda":
         return _EMULATED
-    total = rows * row_bytes
+    total = rows * channel.layout.hidden_row
     assert total < 2**31 * CHUNK_BYTES, f"{total} bytes in one call: units are counted in int32"
-    entry = next(e for e in _table()[op] if e["max_bytes"] is None or total <= e["max_bytes"])
+    tuned = [int(ranks) for ranks in _table() if ranks.isdigit()]
+    ranks = max((count for count in tuned if count <= channel.world_size), default=min(tuned))
+    entry = next(e for e in _table()[str(ranks)][op] if e["max_bytes"] is None or total <= e["max_bytes"])
     return Launch(entry["blocks"], entry["warps"], entry["chunks"])
+
+
+def routed_ids(channel: Channel, top_k: int, experts_per_rank: int) -> int:
+    """Lanes for the K ids of a row where rows should travel to and from ranks with an expert for them only; else 0.
+
+    That pays where a rank has none for one row in twenty: (1 - 1/W)^K >= 5%. A multicast store reaches every rank.
+    """
+    if experts_per_rank == 0 or top_k == 0 or channel.multicast or (1 - 1 / channel.world_size) ** top_k < 0.05:
+        return 0
+    return 1 << (top_k - 1).bit_length()
 
 
 def rows_of(tensor: Tensor) -> tuple:

@@ -88,7 +88,7 @@ def launch_dispatch(
 
     layout = channel.layout
     outputs = _empty_outputs(hidden, topk_ids, topk_weights, max_tokens)
-    launch = launch or choose_launch(_OP, max_tokens, layout.hidden_row, hidden.device.type)
+    launch = launch or choose_launch(_OP, max_tokens, channel)
     _dispatch_kernel[(launch.blocks,)](
         channel.peers(),
         Slots(layout.dispatch_offset, layout.dispatch_slot, layout.capacity),

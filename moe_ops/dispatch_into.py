@@ -10,6 +10,9 @@ It returns how many rows there are: ``valid_tokens``, or 0 where a rank did not 
 rows into a buffer of ``rsv_combine_from(exit_barrier=False)`` takes that count, so that in a workspace that gave up
 nothing is overwritten which a healthy rank may still read.
 
+``experts_per_rank``, if not 0, promises that expert ``e`` lies on rank ``e // experts_per_rank``. The hidden states of
+a row then travel only to ranks that have an expert for it; elsewhere they are unspecified, and no expert reads them.
+
 ``dispatch_into(ws, batch, local_tokens, metadata, out, entry_barrier=...)`` is the launcher that other ops compose.
 """
 
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from . import collectives
 from .buffers import SymmetricTensors
-from .comm_launch import WARP, Launch, choose_launch, is_aligned, place_of, rows_of
+from .comm_launch import WARP, Launch, choose_launch, is_aligned, place_of, routed_ids, rows_of
 from .dispatch import check_metadata
 from .errors import ShapeError
 from .reference import Batch
@@ -59,6 +62,7 @@ def launch_dispatch_into(
     out: Batch,
     *,
     entry_barrier: bool = True,
+    experts_per_rank: int = 0,
     launch: Launch | None = None,
 ) -> Tensor:
     """The kernel over symmetric memory: one launch, one barrier, or two with ``entry_barrier``."""
@@ -68,7 +72,7 @@ def launch_dispatch_into(
     layout = channel.layout
     places = KernelBatch(*(place_of(_OP, name, tensor, buffers) for name, tensor in zip(_NAMES, out, strict=True)))
     live = metadata.new_empty(1)
-    launch = launch or choose_launch(_OP, out.hidden.shape[0], layout.hidden_row, out.hidden.device.type)
+    launch = launch or choose_launch(_OP, out.hidden.shape[0], channel)
     _dispatch_into_kernel[(launch.blocks,)](
         channel.peers(),
         KernelBatch(*map(rows_of, batch)),
@@ -78,11 +82,13 @@ def launch_dispatch_into(
         metadata,
         min(batch.hidden.shape[0], layout.max_tokens_per_rank),
         out.hidden.shape[0],
+        experts_per_rank,
         W=channel.world_size,
         N=max(launch.chunks, WARP * launch.warps),
         ALIGNED=all(map(is_aligned, batch)),
         MULTICAST=channel.multicast,
         ENTRY=entry_barrier,
+        ROUTED=routed_ids(channel, batch.topk_ids.shape[1], experts_per_rank),
         num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
     )
     return live
@@ -96,6 +102,7 @@ def dispatch_into(
     out: Batch,
     *,
     entry_barrier: bool = True,
+    experts_per_rank: int = 0,
 ) -> Tensor:
     """Gather ``batch`` (T rows) of all ranks into ``out`` (M rows); ids of rows >= valid_tokens become -1.
 
@@ -115,7 +122,8 @@ def dispatch_into(
         return metadata[0:1].clone()
     check_dtype(_OP, "hidden", hidden, (ws.config.dtype,))
     live = launch_dispatch_into(
-        ws.channel, ws.buffers, batch, local_tokens, metadata, out, entry_barrier=entry_barrier
+        ws.channel, ws.buffers, batch, local_tokens, metadata, out, entry_barrier=entry_barrier,
+        experts_per_rank=experts_per_rank,
     )  # fmt: skip
     if not hidden.is_cuda:
         ws.check()
@@ -134,6 +142,7 @@ def _copy_collective(ws: Workspace, batch: Batch, local_tokens: Tensor, metadata
 def _fake(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, local_tokens: Tensor, metadata: Tensor,
     out_hidden: Tensor, out_ids: Tensor, out_weights: Tensor, group_name: str, *, entry_barrier: bool = True,
+    experts_per_rank: int = 0,
 ) -> Tensor:  # fmt: skip
     _check(
         Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, Batch(out_hidden, out_ids, out_weights)
@@ -144,16 +153,19 @@ def _fake(
 def _run(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, local_tokens: Tensor, metadata: Tensor,
     out_hidden: Tensor, out_ids: Tensor, out_weights: Tensor, group_name: str, *, entry_barrier: bool = True,
+    experts_per_rank: int = 0,
 ) -> Tensor:  # fmt: skip
     batch, out = Batch(hidden, topk_ids, topk_weights), Batch(out_hidden, out_ids, out_weights)
     ws = resolve(group_name, _OP)
-    return dispatch_into(ws, batch, local_tokens, metadata, out, entry_barrier=entry_barrier)
+    return dispatch_into(
+        ws, batch, local_tokens, metadata, out, entry_barrier=entry_barrier, experts_per_rank=experts_per_rank
+    )  # fmt: skip
 
 
 agv_dispatch_into = register_op(
     "agv_dispatch_into(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor local_tokens, Tensor metadata, "
-    "Tensor(a!) out_hidden, Tensor(b!) out_ids, Tensor(c!) out_weights, str group_name, *, bool entry_barrier=True) "
-    "-> Tensor",
+    "Tensor(a!) out_hidden, Tensor(b!) out_ids, Tensor(c!) out_weights, str group_name, *, bool entry_barrier=True, "
+    "int experts_per_rank=0) -> Tensor",
     fake=_fake,
     cpu=_run,
     cuda=_run,

@@ -6,6 +6,7 @@ import triton.language as tl
 from .barrier import advance, enter, leave, live_rows, load_counts, signal, wait
 from .chunks import gather_chunk, row_chunks
 from .ptx import load_chunk, store_chunk
+from .routed_kernels import has_rank, ranks_of
 from .symmetric import OP_CODES
 
 _OP = tl.constexpr(OP_CODES["agv_dispatch_into"])
@@ -58,8 +59,14 @@ def _gather(source, row, chunk, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _scatter(starts, source, out, row, chunk, data, inside, COUNT: tl.constexpr, MULTICAST: tl.constexpr):
-    """The same chunks to row ``row`` (int64) of every destination's three buffers."""
+def _scatter(
+    peers, starts, source, out, row, chunk, data, inside, ranks,
+    COUNT: tl.constexpr, W: tl.constexpr, MULTICAST: tl.constexpr,
+):  # fmt: skip
+    """The same chunks to row ``row`` (int64) of every destination's three buffers.
+
+    Hidden states go only to ranks whose bit of ``ranks`` (int32; -1: all) is set.
+    """
     in_ids = chunk - row_chunks(source.hidden)
     in_weights = in_ids - row_chunks(source.ids)
     offset = _pick(
@@ -70,7 +77,8 @@ def _scatter(starts, source, out, row, chunk, data, inside, COUNT: tl.constexpr,
     )  # fmt: skip
     for to in tl.static_range(COUNT):
         start = _pick(source, chunk, starts[0][to], starts[1][to], starts[2][to])
-        store_chunk(start + offset, data, inside, MULTICAST)
+        wanted = (in_ids >= 0) | has_rank(ranks, (peers.rank + 1 + to) % W)
+        store_chunk(start + offset, data, inside & wanted, MULTICAST)
 
 
 @triton.jit
@@ -86,8 +94,9 @@ def _clear_ids(ids, start, stop, N: tl.constexpr):
 
 @triton.jit
 def _dispatch_into_kernel(
-    peers, source, out, live_ptr, local_tokens_ptr, metadata_ptr, row_limit, max_tokens,
+    peers, source, out, live_ptr, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, experts_per_rank,
     W: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, MULTICAST: tl.constexpr, ENTRY: tl.constexpr,
+    ROUTED: tl.constexpr,
 ):  # fmt: skip
     """Gather all ranks' live rows into ``out``, three ``chunks.Place``. Grid: G programs, units of N chunks of a row.
 
@@ -95,6 +104,7 @@ def _dispatch_into_kernel(
     Example: W = 2, counts 1 and 2, H = 16 bf16, K = 8 (2 + 2 + 2 chunks), N = 32, G = 4: one unit a row; rank 1's
     programs 0 and 1 store rows 1 and 2 on both ranks, while 2 and 3 only meet.
     ENTRY: before the first store every rank says that the launches before it are done with its buffers.
+    ROUTED: not 0, a power of two >= K: hidden states go only to ranks with an expert for the row.
     ``live_ptr`` gets the gathered rows, or 0 where a rank did not come.
     """
     COUNT: tl.constexpr = 1 if MULTICAST else W
@@ -116,7 +126,10 @@ def _dispatch_into_kernel(
     for unit in tl.range(tl.program_id(0), t * segments, tl.num_programs(0)):
         row, chunk = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         data, inside = _gather(source, row, chunk, ALIGNED)
-        _scatter(starts, source, out, offset + row, chunk, data, inside, COUNT, MULTICAST)
+        ranks = -1
+        if ROUTED:
+            ranks = ranks_of(source.ids, row, t, experts_per_rank, ROUTED)
+        _scatter(peers, starts, source, out, offset + row, chunk, data, inside, ranks, COUNT, W, MULTICAST)
     signal(peers, call, t, W, MULTICAST)
     _clear_ids(out.ids, valid.to(tl.int64), (call.epoch * 0 + max_tokens), N)
     _, ok = wait(peers, call, _OP, W, MULTICAST, ACQUIRE=False)

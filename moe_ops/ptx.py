@@ -50,23 +50,23 @@ def load_chunk(address, mask):
 
 @triton.constexpr_function
 def _load_all_text(count: int) -> str:
-    """PTX: ``count`` predicated 16-byte loads in a row.
+    """PTX: ``count`` 16-byte loads in a row, each with a mask of its own.
 
     The fence keeps ptxas from moving some of them behind the first use of others: the caller wants all in flight.
     """
     outputs = 4 * count
     zeros = "".join(f"mov.b32 ${i}, 0; " for i in range(outputs))
+    guards = "".join(f".reg .pred p{i}; setp.ne.b32 p{i}, ${outputs + count + i}, 0; " for i in range(count))
     loads = "".join(
-        f"@p ld.global.v4.b32 {{${4 * i}, ${4 * i + 1}, ${4 * i + 2}, ${4 * i + 3}}}, [${outputs + i}]; "
+        f"@p{i} ld.global.v4.b32 {{${4 * i}, ${4 * i + 1}, ${4 * i + 2}, ${4 * i + 3}}}, [${outputs + i}]; "
         for i in range(count)
     )
-    mask = outputs + count
-    return f"{{ .reg .pred p; setp.ne.b32 p, ${mask}, 0; {zeros}{loads}fence.acq_rel.cta; }}"
+    return f"{{ {guards}{zeros}{loads}fence.acq_rel.cta; }}"
 
 
 @triton.constexpr_function
 def _load_all_constraints(count: int) -> str:
-    return ",".join(["=&r"] * (4 * count) + ["l"] * count + ["r"])
+    return ",".join(["=&r"] * (4 * count) + ["l"] * count + ["r"] * count)
 
 
 @triton.constexpr_function
@@ -75,10 +75,13 @@ def _words(count: int) -> tuple[tl.dtype, ...]:
 
 
 @triton.jit
-def load_chunks(addresses, mask, COUNT: tl.constexpr):
-    """``load_chunk`` at ``COUNT`` addresses (a tuple of (N,) int64) at once: a tuple of ``4 * COUNT`` int32 tensors."""
+def load_chunks(addresses, masks, COUNT: tl.constexpr):
+    """``load_chunk`` at ``COUNT`` addresses (a tuple of (N,) int64) at once: a tuple of ``4 * COUNT`` int32 tensors.
+
+    ``masks``: as many, int32.
+    """
     return tl.inline_asm_elementwise(
-        _load_all_text(COUNT), _load_all_constraints(COUNT), addresses + (mask.to(tl.int32),), _words(4 * COUNT),
+        _load_all_text(COUNT), _load_all_constraints(COUNT), addresses + masks, _words(4 * COUNT),
         is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -172,19 +175,6 @@ def prefetch_l2(address, size):
         "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0; "
         "@p cp.async.bulk.prefetch.L2.global [$1], $2; }",
         "=&r,l,r", [address, size], tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def wait_for_change(address, value):
-    """The first thread waits until the word (int32) at ``address`` (int64) is not ``value``: device scope, acquires.
-
-    The block's other threads go on; a block barrier makes them wait for it and see what it sees.
-    """
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; mov.b32 $0, 0; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra SEEN; "
-        "AGAIN: ld.acquire.gpu.global.b32 t, [$1]; setp.eq.b32 p, t, $2; @p bra AGAIN; SEEN: }",
-        "=&r,l,r", [address, value], tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

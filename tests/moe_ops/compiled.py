@@ -64,6 +64,7 @@ class Variant(NamedTuple):
     warps: int = 8
     chunks: int = 256
     alone: bool = False
+    routed: bool = False
 
 
 def _rows(kind: str) -> Rows:
@@ -84,9 +85,12 @@ def _signature(variant: Variant) -> dict[str, Any]:
     rows = _rows(variant.dtype)
     if variant.kernel == "dispatch_into":
         out = Batch(_place(variant.dtype), _place("i32"), _place("fp32"))
-        return common | {"source": batch, "out": out, "live_ptr": "*i32"} | counts | limits
+        return (
+            common | {"source": batch, "out": out, "live_ptr": "*i32"} | counts | limits | {"experts_per_rank": "i32"}
+        )
     if variant.kernel == "combine_from":
         common |= {"source": _place(variant.dtype), "out": rows, "addends": (rows,), "scale": "fp32"}
+        common |= {"ids": _rows("i32"), "experts_per_rank": "i32"}
         return common | counts | limits | {"num_rows": "i32"}
     common["slots"] = Slots("i64", "i64", "i32")
     if variant.kernel == "dispatch":
@@ -99,9 +103,13 @@ def _constants(variant: Variant) -> dict[str, Any]:
         return {"W": variant.world}
     values: dict[str, Any] = {"W": variant.world, "N": variant.chunks, "MULTICAST": variant.multicast}
     if variant.kernel == "dispatch_into":
-        return values | {"ALIGNED": variant.aligned, "ENTRY": variant.alone}
+        return values | {"ALIGNED": variant.aligned, "ENTRY": variant.alone, "ROUTED": 8 * variant.routed}
     if variant.kernel == "combine_from":
-        return values | {"ADDENDS": 0, "ROUND_EACH": False, "ALIGNED": variant.aligned, "EXIT": variant.alone}
+        return (
+            values
+            | {"ADDENDS": 0, "ROUND_EACH": False, "ALIGNED": variant.aligned}
+            | {"EXIT": variant.alone, "ROUTED": 8 * variant.routed}
+        )
     values |= {"ALIGNED_IN": variant.aligned, "ALIGNED_OUT": variant.aligned}
     if variant.kernel == "dispatch":
         values |= {"R": 32 * variant.warps, "ALIGNED_ROUTING": variant.aligned}

@@ -185,6 +185,39 @@ def check_zero_copy(setup: Setup) -> None:
         ws.close()
 
 
+def check_routed(setup: Setup) -> None:
+    """Hidden rows that travel only to and from the ranks of their experts give the same sums."""
+    ws = setup.workspace()
+    per_rank = -(-1000 // ws.world_size)  # ``make_data`` draws ids below 1000
+    for seed in range(setup.rounds):
+        counts = random_counts(ws.world_size, setup.rows, seed)
+        batches, _, most = make_data(ws, Case(seed, counts))
+        layer = Layer(ws, most, False)
+        mine = reference.Batch(*(tensor.to(ws.device) for tensor in batches[ws.rank]))
+        local = torch.tensor([counts[ws.rank]], dtype=torch.int32, device=ws.device)
+        metadata = ops.metadata_update(local, ws.group_name)
+        for _ in range(2):
+            ops.agv_dispatch_into(
+                *mine, local, metadata, *layer.batch, ws.group_name, entry_barrier=False, experts_per_rank=per_rank
+            )
+            ids = layer.batch.topk_ids
+            here = ((ids >= 0) & (ids // per_rank == ws.rank)).any(1)
+            layer.output.copy_(torch.where(here[:, None], layer.batch.hidden * (ws.rank + 1), 0))
+            # before the combine, which lets the peers go on: a row of an earlier turn must not serve
+            layer.batch.hidden.fill_(torch.nan)
+            got = ops.rsv_combine_from(
+                layer.output, local, metadata, setup.rows, [], ws.group_name, exit_barrier=False,
+                topk_ids=mine.topk_ids, experts_per_rank=per_rank,
+            )  # fmt: skip
+            ids = batches[ws.rank].topk_ids
+            owners = torch.where(ids >= 0, ids // per_rank, -1)
+            factor = sum((rank + 1) * (owners == rank).any(1) for rank in range(ws.world_size))
+            live = torch.arange(setup.rows) < counts[ws.rank]
+            want = torch.where(live[:, None], batches[ws.rank].hidden * factor[:, None], 0)
+            assert torch.equal(got.cpu(), want.to(got.dtype)), (counts, seed)
+    ws.close()
+
+
 def check_plain_buffer_is_refused(setup: Setup) -> None:
     """A tensor that peers cannot reach is an error that names how to get one."""
     ws = setup.workspace()
@@ -303,7 +336,7 @@ def main() -> None:
     faulthandler.dump_traceback_later(40, repeat=True)  # a hang must say where
     dist.init_process_group("nccl")  # no device_id: it would split communicators for the smaller group, which hung
     common: list[Callable[[Setup], None]] = [check_random_rounds, check_fp32_order, check_two_calls_keep_results]
-    common += [check_zero_copy, check_plain_buffer_is_refused, check_zero_copy_replays]
+    common += [check_zero_copy, check_routed, check_plain_buffer_is_refused, check_zero_copy_replays]
     # the overlapping groups come last: afterwards these ranks can set up no more symmetric memory together
     kernels = [check_graph_replays, check_count_over_capacity, check_missing_rank, check_overlapping_groups]
     failures = 0

@@ -53,7 +53,7 @@ def test_masked_load_gives_zeros_and_touches_nothing():
 def test_loads_of_several_peers_come_in_order():
     first, second = np.arange(4, dtype=np.int32), np.arange(4, 8, dtype=np.int32)
     on = np.array([1], dtype=np.int32)
-    got = run(ptx._load_all_text(2), addresses(first), addresses(second), on, outputs=8)
+    got = run(ptx._load_all_text(2), addresses(first), addresses(second), on, on, outputs=8)
     assert [int(word[0]) for word in got] == list(range(8))
 
 

@@ -18,6 +18,7 @@ EXACT = (
     "check_random_rounds",
     "check_two_calls_keep_results",
     "check_zero_copy",
+    "check_routed",
     "check_plain_buffer_is_refused",
     "check_overlapping_groups",
 )

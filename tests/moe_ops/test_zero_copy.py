@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_ops import reference
 from moe_ops.buffers import SymmetricTensors
 from moe_ops.combine_add import Epilogue, apply_epilogue
-from moe_ops.combine_from import NO_EPILOGUE, launch_combine_from
+from moe_ops.combine_from import NO_EPILOGUE, Routing, launch_combine_from
 from moe_ops.dispatch_into import launch_dispatch_into
 from moe_ops.emulator import Rank, run_ranks
 from moe_ops.errors import SymmetricMemoryError
@@ -165,6 +165,48 @@ def test_buffers_of_the_caller(multicast: bool):
     for refused in run_ranks(2, own_buffers, Shape((2, 3), hidden_size=20), multicast=multicast):
         assert "is no symmetric memory of this group" in refused[0] and "pass a tensor of workspace.empty" in refused[0]
         assert all("has strides" in text for text in refused[1:]) and len(refused) == 3
+
+
+def routed(rank: Rank, shape: Shape, experts_per_rank: int) -> int:
+    """Rows travel to and from ranks with an expert for them only; returns how many hidden rows did not come."""
+    ground, me = Ground(rank, shape), rank.rank
+    batches, metadata = shape.batches(), reference.metadata(shape.counts)[me]
+    count, valid = local_count(shape, rank), sum(shape.counts)
+    want = reference.agv_dispatch(batches, shape.counts, shape.max_tokens)
+    mine = reference.Batch(*batches[me])
+    launch_dispatch_into(
+        ground.channel, ground.buffers, mine, count, metadata, ground.batch, entry_barrier=False,
+        experts_per_rank=experts_per_rank,
+    )  # fmt: skip
+    ids = want.topk_ids[:valid]
+    here = [((ids >= 0) & (ids // experts_per_rank == r)).any(1) for r in range(rank.world_size)]
+    assert torch.equal(ground.batch.topk_ids, want.topk_ids)
+    assert torch.equal(ground.batch.topk_weights[:valid], want.topk_weights[:valid])
+    expected = torch.where(here[me][:, None], want.hidden[:valid], torch.nan)  # bytes 0xFF are NaN: never written
+    assert torch.equal(ground.batch.hidden[:valid].nan_to_num(7e3), expected.nan_to_num(7e3))
+
+    outputs = [output.clone() for output in shape.outputs()]
+    for r, output in enumerate(outputs):
+        output[:valid][~here[r]] = 0
+    ground.output.copy_(outputs[me])
+    ground.output[:valid][~here[me]] = torch.nan  # not read
+    got = launch_combine_from(
+        ground.channel, ground.buffers, ground.output, count, metadata, shape.rows, exit_barrier=False,
+        routing=Routing(mine.topk_ids, experts_per_rank),
+    )  # fmt: skip
+    assert torch.equal(got, reference.rsv_combine(outputs, shape.counts, [shape.rows] * shape.world)[me])
+    ground.close()
+    return int((~here[me]).sum())
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+def test_rows_travel_where_their_experts_are(world: int):
+    counts = tuple((rank * 3 + 1) % 5 for rank in range(world))
+    for shape in (
+        Shape(counts, hidden_size=264, top_k=1, ids=torch.int32),
+        Shape(counts, hidden_size=40, top_k=3, strided=True, seed=3),
+    ):
+        assert sum(run_ranks(world, routed, shape, -(-300 // world))) > 0
 
 
 def misses_a_meeting(rank: Rank, shape: Shape, step: str, first: bool) -> tuple:
