@@ -51,6 +51,7 @@ def decode(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU, else bfloat16) or a torch dtype.")] = "auto",
     transport: Annotated[str, typer.Option(help="auto, multicast, p2p, nccl or gloo.")] = "auto",
+    compile: Annotated[bool, typer.Option(help="Compile the step into one graph; else run it eagerly.")] = True,
     check: Annotated[bool, typer.Option(help="Compare every token with plain Hugging Face on one process.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")] = False,
 ) -> None:
@@ -68,7 +69,7 @@ def decode(
     dtype = choose_dtype(dtype, device)
     with launch.stdout_kept_clean() as stdout, checkpoint(model, dtype) as folder:
         lines = read_lines(requests, folder, tokens)
-        job = make_job(folder, tokens, batch, device, dtype, transport, check, lines, profile)
+        job = make_job(folder, tokens, batch, device, dtype, transport, compile, check, lines, profile)
         with progress_display(enabled=not torchrun or launch.is_first()) as on_event:
             outcome = run_here(job, on_event) if torchrun else start_ranks(job, ranks, on_event)
         if outcome is not None:
@@ -167,16 +168,17 @@ def read_lines(path: Path | None, folder: str, tokens: int) -> Lines:
 
 
 def make_job(
-    folder: str, tokens: int, batch: int, device: str, dtype: str, transport: str, check: bool, lines: Lines,
-    profile: Path | None,
+    folder: str, tokens: int, batch: int, device: str, dtype: str, transport: str, compile: bool,
+    check: bool, lines: Lines, profile: Path | None,
 ) -> DecodeJob:  # fmt: skip
     from .job import DecodeJob
 
     if profile is not None:
         profile.mkdir(parents=True, exist_ok=True)
     return DecodeJob(
-        folder, tokens=tokens, batch=batch, device=device, dtype=dtype, transport=transport, check=check,
-        requests=tuple(request for _, request in lines), profile=None if profile is None else str(profile),
+        folder, tokens=tokens, batch=batch, device=device, dtype=dtype, transport=transport,
+        compile=compile, check=check, requests=tuple(request for _, request in lines),
+        profile=None if profile is None else str(profile),
     )  # fmt: skip
 
 

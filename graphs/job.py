@@ -45,6 +45,7 @@ class DecodeJob:
     device: str
     dtype: str
     transport: str = "auto"
+    compile: bool = True
     check: bool = True
     seed: int = 0
     requests: tuple[Request, ...] = ()
@@ -118,7 +119,7 @@ def make_prompts(job: DecodeJob, rank: int, vocab_size: int) -> list[list[int]]:
 def _decode(model: Model, job: DecodeJob, rank: int, say: Emit) -> _Decoded:
     """Random prompts of this rank, all of them at once and to the same number of tokens."""
     prompts = make_prompts(job, rank, model.config.get_text_config().vocab_size)
-    loop = DecodeLoop(model, batch=len(prompts), max_len=LONGEST_RANDOM_PROMPT + job.tokens)
+    loop = DecodeLoop(model, batch=len(prompts), max_len=LONGEST_RANDOM_PROMPT + job.tokens, compile=job.compile)
     meter = CompileMeter()
     say(Phase("prefill, and compiling the step"))
     loop.prefill(prompts)
@@ -140,7 +141,7 @@ def _serve(model: Model, job: DecodeJob, rank: int, world_size: int, say: Emit) 
     """Every ``world_size``-th request, as slots become free."""
     mine, max_len = job.requests[rank::world_size], max(r.last_position(2**62) + 1 for r in job.requests)
     sampler = sample if any(request.temperature > 0 for request in job.requests) else greedy
-    loop = DecodeLoop(model, batch=job.batch, max_len=max(max_len, 2), sampler=sampler)
+    loop = DecodeLoop(model, batch=job.batch, max_len=max(max_len, 2), sampler=sampler, compile=job.compile)
     meter = CompileMeter()
     say(Phase("compiling the step"))
     first = next(iter(mine), None)

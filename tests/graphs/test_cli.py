@@ -24,13 +24,10 @@ KEYS = [
 REPORT = DecodeReport(2, "cpu", "gloo", "why", 0, 0, 0, 10, 5.0, True)
 
 
-def moe_ep(
-    *arguments: str, launcher: tuple[str, ...] = (), compiled: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does, from this checkout; where compilation is not the point, without it."""
+def moe_ep(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, from this checkout."""
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    environment |= {} if compiled else {"TORCH_COMPILE_DISABLE": "1"}
     program = [sys.executable, *launcher, "-m", "graphs", *arguments]
     return subprocess.run(program, capture_output=True, text=True, timeout=280, env=environment)
 
@@ -52,8 +49,19 @@ def test_main_job_prints_one_json_object():
 def test_under_torchrun_with_a_checkpoint_of_the_users(tmp_path: Path):
     folder = make_checkpoint(tmp_path, "mixtral", torch.bfloat16)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    arguments = ("decode", "--model", str(folder), "--tokens", "6", "--batch", "2", "--dtype", "bfloat16")
-    done = moe_ep(*arguments, launcher=torchrun, compiled=False)
+    arguments = (
+        "decode",
+        "--model",
+        str(folder),
+        "--tokens",
+        "6",
+        "--batch",
+        "2",
+        "--dtype",
+        "bfloat16",
+        "--no-compile",
+    )
+    done = moe_ep(*arguments, launcher=torchrun)
     assert done.returncode == 0, done.stderr
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     assert rows["ranks"].strip() == "2 on cpu" and rows["matches plain Hugging Face"].strip().startswith("yes")
@@ -84,7 +92,7 @@ def test_requests_of_a_file_are_answered_in_its_order(tmp_path: Path):
     folder = with_tokenizer(make_checkpoint(tmp_path / "model", "mixtral"))
     (tmp_path / "prompts.jsonl").write_text(REQUESTS)
     arguments = ("--requests", str(tmp_path / "prompts.jsonl"), "--tokens", "4", "--profile", str(tmp_path / "trace"))
-    done = moe_ep("decode", "--model", str(folder), "--batch", "2", *arguments, compiled=False)
+    done = moe_ep("decode", "--model", str(folder), "--batch", "2", "--no-compile", *arguments)
     assert done.returncode == 0, done.stderr
     first, second, third = map(json.loads, done.stdout.splitlines())
     plain = plain_model("mixtral")
