@@ -15,6 +15,7 @@ from . import errors
 
 if TYPE_CHECKING:
     from .decode import DecodeLoop
+    from .hf_ep import distributed_config, set_ep_options
     from .loading import from_pretrained
     from .requests import Answer, Request
     from .sampling import sample
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Answer": "requests",
     "DecodeLoop": "decode",
+    "distributed_config": "hf_ep",
     "Request": "requests",
     "expert_parallel_state": "sharding",
     "from_pretrained": "loading",
     "sample": "sampling",
+    "set_ep_options": "hf_ep",
     "shard_experts": "sharding",
     "use_experts": "sharding",
 }
@@ -34,16 +37,18 @@ __all__ = [
     "Answer",
     "DecodeLoop",
     "Request",
+    "distributed_config",
     "errors",
     "expert_parallel_state",
     "from_pretrained",
     "sample",
+    "set_ep_options",
     "shard_experts",
     "use_experts",
 ]
 
 if importlib.util.find_spec("transformers") is not None:
-    from . import experts  # noqa: F401  registers "moe_ep"
+    from . import experts, hf_ep  # noqa: F401  both register "moe_ep"
 
 
 def __getattr__(name: str):

@@ -15,7 +15,7 @@ MAX_LINES = 400
 # Private torch API has one place to land in each layer when a torch version changes it.
 TORCH_ADAPTERS = {"lowering/torch_compat.py", "moe_ops/registration.py", "moe_ops/transports.py"}
 INLINE_ASM_FILES = {"moe_ops/ptx.py", "moe_ops/barrier.py"}
-TRANSFORMERS_ADAPTERS = {"graphs/hf_compat.py", "graphs/hf_slots.py"}
+TRANSFORMERS_ADAPTERS = {"graphs/hf_compat.py", "graphs/hf_ep.py", "graphs/hf_slots.py"}
 
 
 def shipped_files() -> list[str]:

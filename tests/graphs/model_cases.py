@@ -58,6 +58,12 @@ class GraphKeeper:
             if not isinstance(node.meta["val"], torch.Tensor)
         ]
 
+    def numbers(self) -> list[str]:
+        """Graph inputs that are numbers; of what is no tensor, a mesh or a group is at least the same at every call."""
+        kinds = (int, float, torch.SymInt, torch.SymFloat)
+        inputs = (node for gm in self.graphs for node in gm.graph.find_nodes(op="placeholder"))
+        return [node.name for node in inputs if isinstance(node.meta["val"], kinds)]
+
     def unbacked(self) -> list[str]:
         """Nodes whose size depends on data."""
         return [n.name for gm in self.graphs for n in gm.graph.nodes if free_unbacked_symbols(n.meta.get("val"))]
