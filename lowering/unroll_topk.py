@@ -2,26 +2,25 @@
 
 Before::
 
-    t = aten.topk(scores, k)                       # two launches of its own, none of which fuses with anything
+    t = aten.topk(scores, k)                      # two launches of its own, none of which fuses with anything
     values, ids = t[0], t[1]
 
-After, for each of the k::
+After::
 
-    v0 = aten.amax(scores, [-1], True)
-    i0 = aten.argmax(scores, -1, True)
-    rest = aten.where(columns == i0, -inf, scores)
+    key = order(scores) << 32 | (n - 1 - column)  # order: the bits of a float as an integer that sorts alike
+    b0 = aten.amax(key, [-1], True)
+    b1 = aten.amax(aten.where(key == b0, lowest, key), [-1], True)
     ...
-    values, ids = aten.cat([v0, ...], -1), aten.cat([i0, ...], -1)
+    best = aten.cat([b0, b1, ...], -1)
+    values, ids = unorder(best >> 32), n - 1 - (best & 0xffffffff)
 
-The same values in the same order; of equal ones the first is taken, where topk promises no order. Legal where no
-score is -inf (else a column that was taken could come again), so it is refused unless every score is computed from
-products, exponentials and inputs by ops that make no -inf out of finite numbers. Refused for more than ``MAX_K``
-of more than ``MAX_COLUMNS``, which one block of threads would not hold. On the CPU topk costs nothing and stays.
+The same values, bit for bit, in the same order, NaN first. All keys of a row differ, so a column is taken once, and of
+equal scores the first is taken, where topk promises no order. Refused for more than ``MAX_K`` of more than
+``MAX_COLUMNS``, which one block of threads would not hold. On the CPU topk costs nothing and stays.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -34,16 +33,7 @@ from .report import Outcome
 
 aten, prims = torch.ops.aten, torch.ops.prims
 MAX_K, MAX_COLUMNS = 16, 1024
-
-# Ops whose result is finite if their inputs are (a sum that overflows is a broken model, with topk too) ...
-KEEP_FINITE = {
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.where.self, aten.view.default, aten.reshape.default,
-    aten.squeeze.dim, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor, aten.select.int,
-    aten.permute.default, aten.clone.default, aten.neg.default, prims.convert_element_type.default,
-}  # fmt: skip
-# ... and ops whose result cannot be -inf whatever they are given.
-NEVER_MINUS_INF = {aten.sigmoid.default, aten.exp.default, aten.mm.default, aten.addmm.default}
-CONSTANTS = {aten.full.default: 1, aten.scalar_tensor.default: 0}  # which argument is the number
+LOWEST, LOW_HALF, ALL_BUT_SIGN = -(1 << 63), (1 << 32) - 1, (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -58,29 +48,13 @@ class RouterTopk:
         """Put k maxima in its place; returns what was done."""
         graph = self.node.graph
         with graph.inserting_before(self.node):
-            values, ids = self._maxima(graph)
+            values, ids = _largest(_Writer(graph), self.scores, self.k)
         for read in list(self.node.users):
             assert read.target is operator.getitem
             read.replace_all_uses_with((values, ids)[read.args[1]])
             graph.erase_node(read)
         graph.erase_node(self.node)
         return f"{self.node.name}: {self.k} maxima"
-
-    def _maxima(self, graph: Graph) -> tuple[Node, Node]:
-        scores, call = self.scores, torch_compat.insert_call
-        sample = scores.meta["val"]
-        columns = call(graph, prims.iota.default, sample.shape[-1], start=0, step=1, dtype=torch.int64,
-                       device=sample.device, requires_grad=False)  # fmt: skip
-        taken = call(graph, aten.full.default, [], -math.inf, dtype=sample.dtype, device=sample.device)
-        values, ids = [], []
-        for index in range(self.k):
-            values.append(call(graph, aten.amax.default, scores, [-1], True))
-            ids.append(call(graph, aten.argmax.default, scores, -1, True))
-            if index < self.k - 1:
-                scores = call(
-                    graph, aten.where.self, call(graph, aten.eq.Tensor, columns, ids[-1]), taken, scores
-                )  # fmt: skip
-        return call(graph, aten.cat.default, values, -1), call(graph, aten.cat.default, ids, -1)
 
 
 class UnrollTopk:
@@ -108,28 +82,52 @@ def _reason(node: Node) -> str | None:
     """Why a topk stays, None if it goes."""
     scores, k, dim, largest, ordered = (*node.args, -1, True, True)[:5]
     value = scores.meta["val"]
-    if dim not in (-1, value.dim() - 1) or not largest or not ordered or not value.dtype.is_floating_point:
-        return "is not the largest floating point numbers of each row in order"
+    if dim not in (-1, value.dim() - 1) or not largest or not ordered:
+        return "is not the largest of each row in order"
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"sorts {value.dtype}"
     if k > MAX_K or value.shape[-1] > MAX_COLUMNS:
         return f"takes {k} of {value.shape[-1]}; at most {MAX_K} of {MAX_COLUMNS} are unrolled"
-    if (cause := _may_be_minus_inf(scores)) is not None:
-        return f"a score may be -inf: {cause}"
     return None
 
 
-def _may_be_minus_inf(value: Any, depth: int = 0) -> str | None:
-    """The node that may put -inf into ``value``, None if there is none."""
-    if not isinstance(value, Node):
-        return None if not isinstance(value, float) or math.isfinite(value) else str(value)
-    if value.op in ("placeholder", "get_attr") or not value.meta["val"].dtype.is_floating_point:
-        return None
-    if value.target in CONSTANTS:
-        return None if math.isfinite(value.args[CONSTANTS[value.target]]) else value.name
-    if value.target in NEVER_MINUS_INF:
-        return None
-    if value.target is aten.div.Tensor:  # softmax and scaling: what it divides by is a sum of exponentials, or a number
-        return _may_be_minus_inf(value.args[0], depth + 1)
-    if value.target not in KEEP_FINITE or depth > 20:
-        return value.name
-    causes = (_may_be_minus_inf(argument, depth + 1) for argument in value.args if isinstance(argument, Node | float))
-    return next((cause for cause in causes if cause is not None), None)
+@dataclass(frozen=True)
+class _Writer:
+    """Writes nodes at the graph's insertion point."""
+
+    graph: Graph
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return torch_compat.insert_call(self.graph, target, *args, **kwargs)
+
+    def cast(self, value: Node, dtype: torch.dtype) -> Node:
+        return value if value.meta["val"].dtype == dtype else self(prims.convert_element_type.default, value, dtype)
+
+    def rest(self, value: Node, last: int) -> Node:
+        """``last - value``."""
+        return self(aten.add.Tensor, self(aten.neg.default, value), last)
+
+    def mirror(self, bits: Node) -> Node:
+        """int32 bits of floats to integers that sort as the floats do, and back: negative ones turn round."""
+        sign = self(aten.__rshift__.Scalar, bits, 31)
+        return self(aten.bitwise_xor.Tensor, bits, self(aten.bitwise_and.Scalar, sign, ALL_BUT_SIGN))
+
+
+def _largest(write: _Writer, scores: Node, k: int) -> tuple[Node, Node]:
+    """Values and ids of the k largest of each row."""
+    sample = scores.meta["val"]
+    last = sample.shape[-1] - 1
+    columns = write(prims.iota.default, last + 1, start=0, step=1, dtype=torch.int64,
+                    device=sample.device, requires_grad=False)  # fmt: skip
+    bits = write(aten.view.dtype, write.cast(scores, torch.float32), torch.int32)
+    high = write(aten.__lshift__.Scalar, write.cast(write.mirror(bits), torch.int64), 32)
+    key = write(aten.add.Tensor, high, write.rest(columns, last))
+    lowest = write(aten.full.default, [], LOWEST, dtype=torch.int64, device=sample.device)
+    best = []
+    for _ in range(k):
+        best.append(write(aten.amax.default, key, [-1], True))
+        key = write(aten.where.self, write(aten.eq.Tensor, key, best[-1]), lowest, key)
+    chosen = write(aten.cat.default, best, -1)
+    ids = write.rest(write(aten.bitwise_and.Scalar, chosen, LOW_HALF), last)
+    bits = write.mirror(write.cast(write(aten.__rshift__.Scalar, chosen, 32), torch.int32))
+    return write.cast(write(aten.view.dtype, bits, torch.float32), sample.dtype), ids

@@ -70,7 +70,9 @@ def test_one_mask_row_for_all_and_large_scores():
 
 
 def test_spans_fill_the_gpu_and_keep_their_bounds():
-    assert span_of(512, 64 * 4, 132) == 512  # 256 programs: not split
-    assert span_of(512, 1 * 4, 132) == 128
+    assert span_of(320, 1 * 4, 132) == 512  # short: not split
+    assert span_of(20, 1, 132) == MIN_SPAN
+    assert span_of(4096, 64 * 4, 132) == 4096  # 256 programs: not split
+    assert span_of(4096, 1 * 4, 132) == 128
     assert span_of(32768, 1 * 4, 132) == 512
     assert span_of(100000, 1024, 132) == 4096

@@ -53,5 +53,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_tiles():
-    assert tiles(16, (4096, 512, 512), 2048) == {"ROWS": 16, "BLOCK_N": 32, "BLOCK_K": 256, "EVEN_K": True}
-    assert tiles(64, (2048,), 4096) == {"ROWS": 64, "BLOCK_N": 16, "BLOCK_K": 128, "EVEN_K": True}
+    wide = {"ROWS": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EVEN_K": True, "num_stages": 5}
+    assert tiles(16, (4096, 512, 512), 2048) == wide
+    narrow = {"ROWS": 64, "BLOCK_N": 16, "BLOCK_K": 256, "EVEN_K": False, "num_stages": 3}
+    assert tiles(64, (2048,), 4000) == narrow
