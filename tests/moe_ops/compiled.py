@@ -35,12 +35,15 @@ FORMS = (
     "st.global.v4.b32",
     "ld.global.v4.b32",
     "st.release.sys.global.b64",
+    "st.relaxed.sys.global.b64",
     "ld.acquire.sys.global.b64",
+    "ld.relaxed.sys.global.b64",
     "atom.relaxed.gpu.global.cas.b64",
     "fence.proxy.alias",
     "fence.acq_rel.cta",
     "cvt.rn.bf16x2.f32",
     "bar.sync",
+    "barrier.cta.red.or.pred",
     "trap",
 )
 KERNELS = {
@@ -185,18 +188,27 @@ def asm_layouts(variant: Variant, text: str) -> list[AsmLayout]:
     return found
 
 
+SLOT_KERNELS = ("dispatch", "combine")
+BUFFER_KERNELS = ("dispatch_into", "combine_from")
 EXPECTED_VARIANTS = [
     Variant("metadata"),
-    *(Variant(kernel, multicast, aligned) for kernel in ("dispatch", "combine")
+    *(Variant(kernel, multicast, aligned) for kernel in SLOT_KERNELS
       for multicast in (False, True) for aligned in (True, False)),
+    *(Variant(kernel, multicast, alone=alone) for kernel in BUFFER_KERNELS
+      for multicast in (False, True) for alone in (True, False)),
+    *(Variant(kernel, routed=True) for kernel in BUFFER_KERNELS),
 ]  # fmt: skip
 
 
 def expected_file(variant: Variant) -> Path:
     parts = [variant.kernel]
     if variant.kernel != "metadata":
-        parts += ["multicast" if variant.multicast else "p2p", "aligned" if variant.aligned else "ragged"]
-    return EXPECTED / f"{'-'.join(parts)}.txt"
+        parts.append("multicast" if variant.multicast else "p2p")
+    if variant.kernel in SLOT_KERNELS:
+        parts.append("aligned" if variant.aligned else "ragged")
+    if variant.kernel in BUFFER_KERNELS:
+        parts.append("alone" if variant.alone else "in-turns")
+    return EXPECTED / f"{'-'.join(parts + ['routed'] * variant.routed)}.txt"
 
 
 if __name__ == "__main__":

@@ -28,10 +28,18 @@ DATA = [
     for aligned in (True, False)
     for arch in ARCHS
 ]
+BUFFERS = [
+    Variant(kernel, multicast, aligned, arch, alone=alone)
+    for kernel in ("dispatch_into", "combine_from")
+    for multicast in (False, True)
+    for aligned, alone in ((True, False), (True, True), (False, True))
+    for arch in ARCHS
+]
+BUFFERS += [Variant(kernel, routed=True, arch=arch) for kernel in ("dispatch_into", "combine_from") for arch in ARCHS]
 
 
 def name_of(variant: Variant) -> str:
-    return f"{expected_file(variant).stem}-sm{variant.arch}"
+    return f"{expected_file(variant).stem}-{'aligned' if variant.aligned else 'ragged'}-sm{variant.arch}"
 
 
 def addresses(array: np.ndarray, stride: int = 16) -> np.ndarray:
@@ -119,48 +127,71 @@ def test_instruction_forms_are_the_expected_ones(variant: Variant, arch: int):
     assert ptx_forms(variant._replace(arch=arch)) == expected_file(variant).read_text()
 
 
-def test_expected_files_say_what_the_contract_says():
-    def count(variant: Variant, form: str) -> int:
-        assert form in FORMS
-        lines = expected_file(variant).read_text().splitlines()
-        return next((int(line.split()[0]) for line in lines if line.split()[1] == form), 0)
+def count(variant: Variant, form: str) -> int:
+    """How often the expected file has the form."""
+    assert form in FORMS
+    lines = expected_file(variant).read_text().splitlines()
+    return next((int(line.split()[0]) for line in lines if line.split()[1] == form), 0)
 
-    store, reduce = FORMS[0], FORMS[1]
+
+def test_expected_files_have_the_wide_accesses_of_the_contract():
+    store, reduce, plain = FORMS[0], FORMS[1], "st.global.v4.b32"
     for aligned in (True, False):
         push, pull = Variant("dispatch", True, aligned), Variant("combine", True, aligned)
         assert count(push, store) == 2 and count(push, reduce) == 0  # hidden, routing: one store for all ranks
         assert count(pull, reduce) == 1 and count(pull, store) == 0
         for kernel in ("dispatch", "combine"):
             assert count(Variant(kernel, False, aligned), store) == count(Variant(kernel, False, aligned), reduce) == 0
+    for alone in (True, False):
+        push, pull = Variant("dispatch_into", True, alone=alone), Variant("combine_from", True, alone=alone)
+        assert count(push, store) == 1 and count(push, plain) == 0  # straight to its place on all ranks
+        assert count(pull, reduce) == 1 and count(pull, "ld.global.v4.b32") == 0
+        push, pull = Variant("dispatch_into", alone=alone), Variant("combine_from", alone=alone)
+        assert count(push, plain) == push.world and count(push, "ld.global.v4.b32") == 1
+        assert count(pull, "ld.global.v4.b32") == pull.world and count(pull, plain) == 1
+
+
+def test_expected_files_have_release_and_acquire_where_the_contract_says():
+    """By kernel: meetings, those whose signal releases, those whose poll acquires."""
+    meetings = {"metadata": (1, 0, 0), "dispatch": (1, 1, 1), "combine": (1, 1, 1)}
+    meetings |= {("dispatch_into", False): (1, 1, 0), ("dispatch_into", True): (2, 1, 1)}
+    meetings |= {("combine_from", False): (1, 0, 1), ("combine_from", True): (2, 1, 1)}
     for variant in EXPECTED_VARIANTS:
-        # the block meets to agree on poison (a single warp need not) and before the release
-        meetings = 1 if variant.kernel == "metadata" else 2
-        assert count(variant, "trap") == 0 and count(variant, "bar.sync") == meetings
-        # the signal, the abort (both parities), the headers of two records; one poll before the loop and one in it
-        assert count(variant, "st.release.sys.global.b64") == 5
-        assert count(variant, "ld.acquire.sys.global.b64") == 2
+        key = variant.kernel if variant.kernel in meetings else (variant.kernel, variant.alone)
+        total, released, acquired = meetings[key]
+        # a meeting's abort is sent for both parities and recorded; a capacity is recorded once
+        assert count(variant, "st.release.sys.global.b64") == released + 3 * total + 1, variant
+        assert count(variant, "st.relaxed.sys.global.b64") == total - released
+        # one poll before the loop and one in it
+        assert count(variant, "ld.acquire.sys.global.b64") == 2 * acquired
+        assert count(variant, "ld.relaxed.sys.global.b64") == 2 * (total - acquired)
+        # the block meets to agree on poison (a single warp need not), before a release, and to advance
+        assert count(variant, "bar.sync") == (variant.kernel != "metadata") + released
+        assert count(variant, "barrier.cta.red.or.pred") == total - 1
+        assert count(variant, "trap") == 0
 
 
-@pytest.mark.parametrize("variant", [Variant("metadata", arch=arch) for arch in ARCHS] + DATA, ids=name_of)
+@pytest.mark.parametrize("variant", [Variant("metadata", arch=arch) for arch in ARCHS] + DATA + BUFFERS, ids=name_of)
 def test_signal_is_issued_once_for_each_peer(variant: Variant):
     """One element a lane, repeated by every warp, and a guard that lets only the first warp store."""
     signals = asm_layouts(variant, "%tid.x")
-    assert len(signals) == 1
-    assert signals[0][:3] == (32, 1, 32)
-    assert compile_kernel(variant)["ptx"].count("setp.lt.u32 p, t, 32;") == 1
+    meetings = 2 if variant.alone else 1
+    assert len(signals) == meetings
+    assert all(signal[:3] == (32, 1, 32) for signal in signals)
+    assert compile_kernel(variant)["ptx"].count("setp.lt.u32 p, t, 32;") == meetings
 
 
-@pytest.mark.parametrize("variant", DATA, ids=name_of)
+@pytest.mark.parametrize("variant", DATA + BUFFERS, ids=name_of)
 def test_chunks_are_stored_once(variant: Variant):
     """No element of a store lies on two threads."""
     stores = asm_layouts(variant, "multimem.st" if variant.multicast else "st.global.v4")
-    if variant.kernel == "dispatch" or not variant.multicast:
+    if "dispatch" in variant.kernel or (not variant.multicast and variant.aligned):
         assert stores
     for layout in stores:
         assert layout.per_thread * layout.threads * layout.warps <= layout.elements
 
 
-@pytest.mark.parametrize("variant", [Variant("metadata", arch=arch) for arch in ARCHS] + DATA, ids=name_of)
+@pytest.mark.parametrize("variant", [Variant("metadata", arch=arch) for arch in ARCHS] + DATA + BUFFERS, ids=name_of)
 def test_no_spills(variant: Variant):
     cubin = disassemble(variant)
     assert cubin.stack == 0
@@ -168,9 +199,10 @@ def test_no_spills(variant: Variant):
 
 
 @pytest.mark.parametrize("world", (2, 4, 8))
-def test_all_peers_are_loaded_before_the_first_addition(world: int):
-    code = disassemble(Variant("combine", world=world)).instructions
+@pytest.mark.parametrize(("kernel", "copies"), [("combine", 1), ("combine_from", 0)])
+def test_all_peers_are_loaded_before_the_first_addition(kernel: str, copies: int, world: int):
+    code = disassemble(Variant(kernel, world=world)).instructions
     first = next(i for i, line in enumerate(code) if "FADD" in line)
     loads = [i for i, line in enumerate(code) if "LDG.E.128" in line]
-    assert len(loads) == world + 1  # and one of the copy into the own slot
+    assert len(loads) == world + copies  # copies into the own slot
     assert max(loads) < first
