@@ -103,7 +103,7 @@ class OverlapShared:
         outcome = Outcome(self.name)
         layers = list(effect_ops(graph, "moe_layer"))
         activations = [found for node in graph.nodes if layers and (found := _activation(node))]
-        for layer in layers:
+        for layer in reversed(layers):  # a layer's replacement renames what the next one reads
             x = strip_views(layer.arguments["hidden"])
             for activation in activations:
                 if activation.x is not x:
@@ -113,6 +113,8 @@ class OverlapShared:
                     outcome.done.append(match.replace(layer))
                     break
                 outcome.refuse(activation.mul, match)
+        outcome.done.reverse()
+        outcome.refused.reverse()
         return outcome
 
 

@@ -28,7 +28,7 @@ def launch_local_combine(
     out = _empty_output(rows, num_rows, out_dtype)
     if out.numel() == 0:
         return out
-    routing = Routing(*pairs[1:]) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0)
+    routing = Routing(*pairs[1:], 0) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0, 0)
     blocks = -(-rows.shape[1] // (8 * _OCTETS))
     _local_combine_kernel[(num_rows, blocks)](
         rows_of(rows),

@@ -52,7 +52,13 @@ def two_layers(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Ten
     return qwen2_moe(deepseek(x, w, s, count).view(-1, H), w, s, count)
 
 
-MODELS = (deepseek, added_at_once, one_projection, qwen2_moe, two_layers)
+def three_layers(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    for _ in range(3):
+        x = added_at_once(x, w, s, count)
+    return x
+
+
+MODELS = (deepseek, added_at_once, one_projection, qwen2_moe, two_layers, three_layers)
 
 
 def activation_read_twice(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
@@ -136,8 +142,10 @@ one_projection compiled: with_effects_5: mul of permute runs beside the layer, i
 one_projection eager: with_effects_6: mm_2 of permute runs beside the layer
 qwen2_moe compiled: with_effects_5: mm_4 of permute_1, permute_2 runs beside the layer
 qwen2_moe eager: with_effects_5: mm_4 of permute_1, permute_2 runs beside the layer
-two_layers compiled: with_effects_10: mm_3 of permute, permute_1 runs beside the layer; with_effects_11: mm_8 of permute_4, permute_5 runs beside the layer
-two_layers eager: with_effects_10: mm_3 of permute, permute_1 runs beside the layer; with_effects_11: mm_8 of permute_4, permute_5 runs beside the layer
+two_layers compiled: with_effects_11: mm_3 of permute, permute_1 runs beside the layer; with_effects_10: mm_8 of permute_4, permute_5 runs beside the layer
+two_layers eager: with_effects_11: mm_3 of permute, permute_1 runs beside the layer; with_effects_10: mm_8 of permute_4, permute_5 runs beside the layer
+three_layers compiled: with_effects_17: mul of permute, permute_1 runs beside the layer, its last product stays behind (addmm); with_effects_16: mul_1 of permute_3, permute_4 runs beside the layer, its last product stays behind (addmm); with_effects_15: mul_2 of permute_6, permute_7 runs beside the layer, its last product stays behind (addmm)
+three_layers eager: with_effects_20: mm_3 of permute, permute_1 runs beside the layer; with_effects_19: mm_7 of permute_3, permute_4 runs beside the layer; with_effects_18: mm_11 of permute_6, permute_7 runs beside the layer
 activation_read_twice compiled: mul: mm_3, relu: no single matrix product reads it
 activation_read_twice eager: mul: mm_3, relu: no single matrix product reads it
 projection_read_twice compiled: mul: mm has 2 readers
