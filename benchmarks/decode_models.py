@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 
 import graphs
-from graphs.sampling import Choice
+from graphs.sampling import Choice, Sampler, greedy
 from graphs.step import NO_TOKEN, DecodeStep
 
 Model = Any
@@ -70,18 +70,19 @@ def shard_as_transformers_does(model: Model) -> Model:
 
 
 class Recorder(nn.Module):
-    """Greedy choice that also keeps the logits (B, V), in both variants."""
+    """A choice of tokens that also keeps the logits (B, V), in both variants."""
 
     logits: Tensor
 
-    def __init__(self, model: Model, batch: int):
+    def __init__(self, model: Model, batch: int, sampler: Sampler | None = None):
         super().__init__()
+        self.sampler = sampler
         logits = torch.zeros(batch, model.config.vocab_size, dtype=model.dtype, device=model.device)
         self.register_buffer("logits", logits, persistent=False)
 
     def forward(self, logits: Tensor, choice: Choice | None = None) -> Tensor:
         self.logits.copy_(logits)
-        return logits.argmax(-1)
+        return self.sampler(logits, choice) if self.sampler and choice else logits.argmax(-1)
 
 
 class TheirStep(nn.Module):
@@ -115,7 +116,7 @@ class OurStep(DecodeStep):
     def __init__(self, model: Model, batch: int, max_len: int):
         state = graphs.expert_parallel_state(model)
         assert state is not None
-        super().__init__(model, state, batch, max_len, Recorder(model, batch))
+        super().__init__(model, state, batch, max_len, Recorder(model, batch, greedy))
         state.declare_batch(batch, batch, self.active)
         self.feed()  # allocates the cache
 

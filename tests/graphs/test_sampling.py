@@ -1,9 +1,10 @@
 """The sampler: distribution, cuts, and draws that depend on seed and position alone."""
 
+import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from graphs.sampling import Choice, exponential, sample, threshold
+from graphs.sampling import PARTS, Choice, exponential, greedy, sample, threshold
 
 VOCABULARY = 40
 
@@ -52,6 +53,16 @@ def test_a_draw_depends_on_seed_and_position_alone():
     assert len(different) == 4 and bool((noise > 0).all()) and bool(noise.isfinite().all())
     alone = sample(logits[1:2], Choice(*(value[1:2] for value in asked)))
     assert int(alone[0]) == int(sample(logits, asked)[1])
+
+
+@pytest.mark.parametrize("size", [PARTS * 5, 1000], ids=["looked through in parts", "in one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_lowest_of_the_likeliest(size: int, dtype: torch.dtype):
+    logits = torch.randn(5, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[1], logits[2, [3, 4, size - 1]], logits[3, size - 1], logits[4, 7] = 1.0, 9.0, 9.0, torch.nan
+    chosen = greedy(logits, choice(5))
+    assert torch.equal(chosen, logits.argmax(dim=-1))
+    assert chosen[1:].tolist() == [0, 3, size - 1, 7]
 
 
 def test_temperature_zero_is_greedy_beside_rows_that_draw():
