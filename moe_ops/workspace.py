@@ -29,6 +29,7 @@ from .errors import (
     TransportError,
     WorkspaceError,
 )
+from .pools import outside_pools
 from .reference import Batch
 from .shapes import CPU_HIDDEN_DTYPES, HALF_DTYPES
 from .symmetric import Channel, Failure, Layout, SymmetricBuffer, make_channel, read_record
@@ -103,7 +104,9 @@ class Workspace:
     @cached_property
     def buffers(self) -> SymmetricTensors:
         """The symmetric memory that callers of the zero-copy ops hold."""
-        return SymmetricTensors(self.layout, self._allocate_buffer)
+        return SymmetricTensors(
+            self.layout, lambda nbytes: outside_pools(lambda: self._allocate_buffer(nbytes), self.device)
+        )
 
     def empty(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """``(rows, columns)`` of zeros that every rank can reach: what the zero-copy ops read and write. Collective."""
@@ -129,7 +132,7 @@ class Workspace:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise WorkspaceError("the workspace is not allocated; call workspace.allocate() before graph capture.")
-        self._channel = self._make_channel()
+        self._channel = outside_pools(self._make_channel, self.device)
         _agree(self._group(), f"allocate/{self.group_name}", self.config.timeout_s)
 
     def memory(self) -> list[BufferInfo]:
