@@ -1,10 +1,11 @@
 """1000 steps on GPUs with requests joining and leaving: one CUDA graph, nothing compiled twice, every answer right.
 
-    torchrun --nproc-per-node 2 tests/graphs/gpu_serve.py [--idle]
+    torchrun --nproc-per-node 2 tests/graphs/gpu_serve.py [--idle | --generate]
 
 Five families, tiny, bf16, greedy and sampled requests of random lengths that arrive at random. An answer is right if
 the same request, alone in the loop, gives the same tokens (the loop is batch-invariant). ``--idle``: instead, the
-dimensions of Qwen3-30B-A3B, 12 layers, and how long the GPU idles between the replays of a serving loop.
+dimensions of Qwen3-30B-A3B, 12 layers, and how long the GPU idles between the replays of a serving loop. ``--generate``:
+its tokens/s against transformers' ``generate`` on the same model.
 """
 
 from __future__ import annotations
@@ -113,6 +114,33 @@ def idle(batch: int, rank: int, out: Path) -> str:
     return f"batch {batch}: " + "; ".join(lines)
 
 
+def against_generate(batch: int, prompt: int = 64, new: int = 128) -> str:
+    """Tokens/s of ``generate`` with a static cache, as compiled by transformers, and of the loop; one model, one GPU."""
+    from benchmarks.decode_models import build, config_of
+
+    model = build(config_of("qwen3-30b-a3b", 12, 1024), torch.device("cuda"))
+    model.set_experts_implementation("moe_ep")
+    ids = torch.randint(1, 150000, (batch, prompt), device="cuda")
+    seconds = {}
+    loop = None
+    for name in ("generate", "loop"):
+        if name == "loop":
+            graphs.shard_experts(model, max_tokens_per_rank=256)
+            loop = graphs.DecodeLoop(model, batch=batch, max_len=prompt + new)
+        for _ in range(3):  # the first two compile and record
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            if loop is None:
+                options = {"max_new_tokens": new, "do_sample": False, "cache_implementation": "static"}
+                model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            else:
+                loop.generate(ids.tolist(), new)
+            torch.cuda.synchronize()
+            seconds[name] = time.perf_counter() - start
+    rates = {name: batch * new / value for name, value in seconds.items()}
+    return ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items()) + ", prefill included"
+
+
 def main() -> None:
     """All families, or the idle figures; exit status 1 if anything failed."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -123,6 +151,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "--idle" in sys.argv:
             jobs = {f"idle {b}": lambda b=b: idle(b, rank, Path(folder)) for b in (1, 16, 64)}
+        if "--generate" in sys.argv:
+            jobs = {f"generate {b}": lambda b=b: against_generate(b) for b in (1, 16)}
         for name, job in jobs.items():
             start = time.perf_counter()
             try:
