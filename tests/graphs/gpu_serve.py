@@ -4,8 +4,8 @@
 
 Five families, tiny, bf16, greedy and sampled requests of random lengths that arrive at random. An answer is right if
 the same request, alone in the loop, gives the same tokens (the loop is batch-invariant). ``--idle``: instead, the
-dimensions of Qwen3-30B-A3B, 12 layers, and how long the GPU idles between the replays of a serving loop. ``--generate``:
-its tokens/s against transformers' ``generate`` on the same model.
+dimensions of Qwen3-30B-A3B, 12 layers, and how long the GPU idles between the replays of a serving loop.
+``--generate``: the loop's tokens/s against transformers' ``generate`` on that model.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def idle(batch: int, rank: int, out: Path) -> str:
 
 
 def against_generate(batch: int, prompt: int = 64, new: int = 128) -> str:
-    """Tokens/s of ``generate`` with a static cache, as compiled by transformers, and of the loop; one model, one GPU."""
+    """Tokens/s of ``generate`` with a static cache, as transformers compiles it, and of the loop; one model and GPU."""
     from benchmarks.decode_models import build, config_of
 
     model = build(config_of("qwen3-30b-a3b", 12, 1024), torch.device("cuda"))

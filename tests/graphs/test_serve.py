@@ -69,6 +69,27 @@ def test_recurrent_layers_are_fed_through_the_step():
     assert loop.tokens() == expected[:2]
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_generate_works_on_the_model_of_a_loop(family: str):
+    """transformers' own loop: its static cache (with windows), left padding, sampling from its own generator."""
+    plain = served_model(family)
+    plain.set_experts_implementation("eager")
+    ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
+    options: dict[str, Any] = {"attention_mask": (ids > 0).long(), "max_new_tokens": 8, "pad_token_id": 0}
+    settings = ({}, {"cache_implementation": "static"}, {"cache_implementation": "static", "do_sample": True})
+
+    def answers(model: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        return [model.generate(ids, **{"do_sample": False, **options, **setting}) for setting in settings]
+
+    expected = answers(plain)
+    model = served_model(family)
+    loop = graphs.DecodeLoop(model, batch=2, max_len=16, compile=False)
+    assert loop.generate([[5, 6, 7], [1, 2, 3, 4, 5]], 8) == [row[5:].tolist() for row in expected[0]]
+    for got, wanted in zip(answers(model), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 class Recorder(nn.Module):
     """Greedy choice that keeps the logits of one slot."""
 
