@@ -47,13 +47,14 @@ def launch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
         DEPTH=depth, DEPTH_V=depth_v,
         DEPTH_PAD=triton.next_power_of_2(depth), DEPTH_V_PAD=triton.next_power_of_2(depth_v),
         BLOCK=SHORT_BLOCK if length <= SHORT else BLOCK, SPAN=span, SPANS=spans,
-        num_warps=4, num_stages=SHORT_STAGES if length <= SHORT else STAGES, **chain_start(two, query.device),
+        num_warps=4, num_stages=SHORT_STAGES if length <= SHORT else STAGES,  # pyright: ignore[reportCallIssue]
+        **chain_start(two, query.device),
     )  # fmt: skip
     if two:
         _merge_kernel[(batch * heads,)](
             parts, stats, out,
             DEPTH_V=depth_v, DEPTH_V_PAD=triton.next_power_of_2(depth_v),
             SPANS=spans, SPANS_PAD=triton.next_power_of_2(spans),
-            num_warps=4, **chain_link(True, query.device),
+            num_warps=4, **chain_link(True, query.device),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return out

@@ -87,7 +87,9 @@ def insert_call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
 
     fakes = tree_map_only(Node, lambda node: node.meta["val"], (args, kwargs))
     node = graph.call_function(target, args, kwargs)
-    with detect_fake_mode(fakes) or detect_fake_mode([n.meta.get("val") for n in graph.nodes]):
+    mode = detect_fake_mode(fakes) or detect_fake_mode([n.meta.get("val") for n in graph.nodes])
+    assert mode is not None, "no node of the graph has a fake result"
+    with mode:
         node.meta["val"] = target(*fakes[0], **fakes[1])
     return node
 

@@ -29,6 +29,7 @@ import torch
 from torch.fx import Graph, Node
 
 from . import torch_compat
+from .effects import bind
 from .report import Outcome
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -38,11 +39,25 @@ LOWEST, LOW_HALF, ALL_BUT_SIGN = -(1 << 63), (1 << 32) - 1, (1 << 31) - 1
 
 @dataclass(frozen=True)
 class RouterTopk:
-    """One ``topk`` over the last dimension, with the nodes that read its values and its ids."""
+    """One ``topk`` and its arguments."""
 
     node: Node
     scores: Node
     k: int
+    dim: int
+    largest: bool
+    ordered: bool
+
+    def reason(self) -> str | None:
+        """Why it stays, None if it goes."""
+        value = self.scores.meta["val"]
+        if self.dim not in (-1, value.dim() - 1) or not self.largest or not self.ordered:
+            return "is not the largest of each row in order"
+        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"sorts {value.dtype}"
+        if self.k > MAX_K or value.shape[-1] > MAX_COLUMNS:
+            return f"takes {self.k} of {value.shape[-1]}; at most {MAX_K} of {MAX_COLUMNS} are unrolled"
+        return None
 
     def replace(self) -> str:
         """Put k maxima in its place; returns what was done."""
@@ -51,7 +66,7 @@ class RouterTopk:
             values, ids = _largest(_Writer(graph), self.scores, self.k)
         for read in list(self.node.users):
             assert read.target is operator.getitem
-            read.replace_all_uses_with((values, ids)[read.args[1]])
+            read.replace_all_uses_with(ids if read.args[1] else values)
             graph.erase_node(read)
         graph.erase_node(self.node)
         return f"{self.node.name}: {self.k} maxima"
@@ -69,26 +84,15 @@ class UnrollTopk:
         """Rewrite ``graph``; the outcome lists every topk."""
         outcome = Outcome(self.name)
         for node in graph.find_nodes(op="call_function", target=aten.topk.default):
-            if node.args[0].meta["val"].device.type not in self.devices:
+            given = bind(node.target, node.args, node.kwargs)
+            topk = RouterTopk(node, *(given[name] for name in ("self", "k", "dim", "largest", "sorted")))
+            if topk.scores.meta["val"].device.type not in self.devices:
                 continue
-            if reason := _reason(node):
+            if reason := topk.reason():
                 outcome.refuse(node, reason)
             else:
-                outcome.done.append(RouterTopk(node, node.args[0], node.args[1]).replace())
+                outcome.done.append(topk.replace())
         return outcome
-
-
-def _reason(node: Node) -> str | None:
-    """Why a topk stays, None if it goes."""
-    scores, k, dim, largest, ordered = (*node.args, -1, True, True)[:5]
-    value = scores.meta["val"]
-    if dim not in (-1, value.dim() - 1) or not largest or not ordered:
-        return "is not the largest of each row in order"
-    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"sorts {value.dtype}"
-    if k > MAX_K or value.shape[-1] > MAX_COLUMNS:
-        return f"takes {k} of {value.shape[-1]}; at most {MAX_K} of {MAX_COLUMNS} are unrolled"
-    return None
 
 
 @dataclass(frozen=True)
