@@ -21,6 +21,7 @@ from moe_ops.errors import CapacityError
 from tests.graphs.model_cases import GraphKeeper, plain_model, prompts_of
 
 CASES = (("qwen3_moe", "moe_ep"), ("qwen3_moe", "grouped_mm"), ("gpt_oss", "moe_ep"), ("deepseek_v3", "moe_ep"))
+pytestmark = pytest.mark.timeout(900)
 HAS_REGISTRY = hf_ep.EPImplementationInterface is not None
 ROWS = 32
 

@@ -15,6 +15,9 @@ from graphs import checkpoints, hf_compat, loading
 from graphs.errors import CheckpointError, ShardingError, TransformersVersionError, UnsupportedModelError
 from graphs.sharding import expert_range, localize
 from tests.graphs.model_cases import FAMILIES, plain_model
+from tests.graphs.tiny_models import build, experts_classes, model_class
+
+CAUSAL_MODELS = [n for n, entry in experts_classes().items() if "ForCausalLM" in model_class(entry).__name__]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,21 @@ def test_every_rank_holds_its_experts_and_all_of_the_rest(folders, family: str, 
         assert want.keys() == got.keys()
         for name in want:
             assert torch.equal(want[name], got[name]), name
+
+
+@pytest.mark.parametrize("name", CAUSAL_MODELS)
+def test_every_class_loads_its_share(tmp_path: Path, name: str):
+    """Each family's own checkpoint layout and renaming rules, on an uneven split: 4 experts over 3 ranks."""
+    entry = experts_classes()[name]
+    build(entry).save_pretrained(tmp_path)
+    for rank in (0, 2):
+        expected = build(entry)
+        localize(expected, 3, rank, take=torch.clone)
+        with hf_compat.quiet():
+            got = load_rank(tmp_path, 3, rank)[0].state_dict()
+        assert expected.state_dict().keys() == got.keys()
+        for key, tensor in expected.state_dict().items():
+            assert torch.equal(got[key], tensor), key
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # one tensor an expert; one for all experts

@@ -9,6 +9,7 @@ import pytest
 from graphs.launch import run_ranks
 from tests.graphs.loading_jobs import MIB, Growth, run_loading
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the ranks, which do the work of all
 MEMBERS = {3: (0, 1, 2), 2: (0, 2), 1: (1,)}  # size of the group -> its ranks
 
 

@@ -10,6 +10,7 @@ from tests.graphs import model_table
 from tests.graphs.model_jobs import CHECKS, forward, run_models
 from tests.graphs.tiny_models import build, experts_classes, tokens
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the ranks, which do the work of all
 Outcomes = list[dict[str, dict[str, str | None]]]
 
 
