@@ -15,7 +15,7 @@ import csv
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import peers
@@ -23,6 +23,7 @@ import torch
 from shapes import SHAPES, TOKENS, LayerShape, peer_fraction
 from torch import Tensor
 
+from moe_ops.align import launch_align
 from moe_ops.fused_moe_config import Plan, Shape, choose_plan
 from moe_ops.fused_moe_tune import GraphTimer, Tuner, save_plan, tuned_already
 from moe_ops.moe_reference import fused_moe_reference
@@ -99,7 +100,7 @@ def measure(layer: LayerShape, tokens: int, timer: GraphTimer, args: argparse.Na
         layer.name, tokens, us, floor, floor / us, us - floor, error, peer_fraction(layer, tokens), plan=str(plan)
     )
     if args.invariant:
-        fixed = choose_plan(tuner.shape, "", batch_invariant=True)
+        fixed = choose_plan(tuner.shape, torch.cuda.get_device_name(), batch_invariant=True)
         point.invariant_us = timer.median_us(lambda: tuner.call(fixed), args.repeats)
     if args.peers:
         for name, make in (("grouped_mm_us", peers.transformers_grouped_mm), ("chain_us", peers.grouped_mm_chain)):
@@ -108,6 +109,24 @@ def measure(layer: LayerShape, tokens: int, timer: GraphTimer, args: argparse.Na
     if args.profile:
         profile(lambda: tuner.call(None), timer)
     return point
+
+
+def steps(timer: GraphTimer, repeats: int) -> None:
+    """Print the time of ``align_block_size`` and of the top-k sum alone; the first line's empty graph is in both."""
+    from moe_ops.fused_moe_launch import sum_pairs
+
+    device = torch.device("cuda")
+    for rows, top_k, experts in ((8, 8, 128), (64, 8, 128), (512, 8, 16), (512, 8, 128), (512, 8, 256), (8192, 8, 128)):
+        ids = torch.rand(rows, experts, device=device).topk(top_k, dim=-1).indices
+        live = torch.tensor([rows], dtype=torch.int32, device=device)
+        us = timer.median_us(lambda i=ids, n=live, e=experts: launch_align(i, n, 64, e, 0), repeats)
+        print(f"align  M*K {rows * top_k:6d}  E_l {experts:4d}  {us:6.1f} us", flush=True)
+    for layer, tokens in ((SHAPES["qwen3-30b"], 16), (SHAPES["qwen3-30b"], 256), (SHAPES["qwen3-30b"], 8192)):
+        tuner = tuner_of(replace(layer, inner=64), tokens, timer)
+        pairs, out = tuner.hidden.repeat_interleave(layer.top_k, 0), torch.empty_like(tuner.hidden)
+        sum_args = (pairs, tuner.ids, tuner.weights, tuner.live, out, 0, layer.local_experts, {"PDL": False})
+        us = timer.median_us(lambda a=sum_args: sum_pairs(*a), repeats)
+        print(f"top-k sum  {tokens:5d} tokens  H {layer.hidden}  K {layer.top_k}  {us:6.1f} us", flush=True)
 
 
 def profile(call: Callable[[], object], timer: GraphTimer, rounds: int = 5) -> None:
@@ -205,6 +224,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--invariant", action="store_true", help="time the batch-invariant mode, too")
     parser.add_argument("--profile", action="store_true", help="print each kernel's own time")
     parser.add_argument("--clean", action="store_true", help="leave no written lines in L2 (see GraphTimer)")
+    parser.add_argument("--steps", action="store_true", help="time align and the top-k sum alone, nothing else")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tune", type=Path, metavar="TABLE", help="search plans and write them to this table")
@@ -218,6 +238,9 @@ def main() -> None:
     timer = GraphTimer(torch.device("cuda"), args.clean)
     print(f"an empty graph takes {timer.empty_us():.1f} us", flush=True)
     wanted = [(SHAPES[s], int(t)) for s in args.shapes.split(",") for t in args.tokens.split(",")]
+    if args.steps:
+        steps(timer, args.repeats)
+        return
     if args.tune:
         args.repeats = min(args.repeats, 8)  # a search needs fewer samples than a table of results
         tune_points(wanted, timer, args)

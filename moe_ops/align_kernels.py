@@ -1,7 +1,7 @@
 """Device code of ``align_block_size``: positions by counting, no atomics on global memory.
 
 One launch up to ``ONE_LAUNCH_PAIRS``, where every program reads all ids; two above it, where every program
-counts a share of the ids and then scatters the same share.
+counts a share of the ids, and then, with the counts of all shares at hand, ranks and scatters the same share.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 from .pdl import chain_link, chain_start
 
 ONE_LAUNCH_PAIRS = 4096
-_CHUNK = 512  # pairs that a program of the two-launch form ranks among each other at once
-_SHARES = 128  # programs of the two-launch form, about one an SM
+_CHUNK = 128  # pairs that a program of the two-launch form ranks among each other at once, all with all
+_TABLE = 32768  # counts (shares x experts) of the two-launch form, which each of its programs reads: 128 KB
+_SHARES = 512  # at most as many shares
+_ONE_LAUNCH_PROGRAMS = 128  # about one an SM; with more experts than these a program has several
 
 
 @triton.jit
-def _local_ids(
-    ids_ptr, first, num_pairs, all_pairs, expert_start, num_experts, CHUNK: tl.constexpr, NONE: tl.constexpr
-):
-    """Pair indices of one chunk, and their local experts (``NONE`` where not of this rank, or not live)."""
+def _local_ids(ids_ptr, first, num_pairs, all_pairs, expert_start, num_experts, CHUNK: tl.constexpr):
+    """Pair indices of one chunk, their local experts (0 where there is none), and whether they have one."""
     pair = first + tl.arange(0, CHUNK)
     # loaded up to the static bound: masked by the live count, this load would wait for that one
     ids = tl.load(ids_ptr + pair, mask=pair < all_pairs, other=-1)
     # compared before narrowing: a wild int64 id must not wrap into range
     local = (ids >= expert_start) & (ids < expert_start + num_experts) & (pair < num_pairs)
-    return pair, tl.where(local, (ids - expert_start).to(tl.int32), NONE)
+    return pair, tl.where(local, ids - expert_start, 0).to(tl.int32), local
 
 
 @triton.jit
@@ -45,42 +45,34 @@ def _align_kernel(
     num_rows, top_k, expert_start, num_experts, sorted_size,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program ``e`` counts all experts, then writes the pairs, the padding and the block ids of expert ``e``.
+    """Programs count all experts, then write the pairs, the padding and the block ids of their own ones.
 
-    Grid: one program a local expert. Example: ids [[1, 0], [1, 2]], E_l 2, BLOCK 4 gives
+    Grid: programs take every ``num_programs``-th local expert. Example: ids [[1, 0], [1, 2]], E_l 2, BLOCK 4 gives
     sorted [1, 4, 4, 4, 0, 2, 4, 4, ...], expert_ids [0, 1, -1, ...], total 8 (pair 3 is not local).
     """
     if PDL:  # a next kernel that asked for it may start and wait
         tl.extra.cuda.gdc_launch_dependents()
-    expert = tl.program_id(0)
-    pairs_total = tl.cast(num_rows, tl.int64) * top_k
-    num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
-    counts = tl.zeros((BINS,), tl.int32)
-    for first in range(0, num_pairs, CHUNK):
-        _, local = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
-        counts += tl.histogram(local, BINS)
+    pairs_total = num_rows * top_k
+    num_pairs = tl.minimum(tl.load(valid_ptr), num_rows) * top_k
+    pair, local, has = _local_ids(ids_ptr, 0, num_pairs, pairs_total, expert_start, num_experts, CHUNK)
+    counts = tl.histogram(local, BINS, mask=has)
     bins = tl.arange(0, BINS)
-    padded = tl.where(bins < num_experts, (counts.to(tl.int64) + BLOCK - 1) // BLOCK * BLOCK, 0)
-    begin = tl.sum(tl.where(bins < expert, padded, 0))
-    end = begin + tl.sum(tl.where(bins == expert, padded, 0))
-    total = tl.sum(padded)
-
-    position = begin
-    for first in range(0, num_pairs, CHUNK):
-        pair, local = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
-        hit = (local == expert).to(tl.int32)
-        tl.store(sorted_ptr + position + tl.cumsum(hit, 0) - 1, pair.to(tl.int32), mask=hit > 0)
-        position += tl.sum(hit)
-
-    sentinel = pairs_total.to(tl.int32)
-    _fill(sorted_ptr, position, end, CHUNK, sentinel, CHUNK)
-    _fill(expert_ids_ptr, begin // BLOCK, end // BLOCK, CHUNK, expert, CHUNK)
+    padded = (counts + BLOCK - 1) // BLOCK * BLOCK
+    ends = tl.cumsum(padded, 0)
+    total = tl.max(ends)
+    for expert in range(tl.program_id(0), num_experts, tl.num_programs(0)):
+        end = tl.sum(tl.where(bins == expert, ends, 0))
+        begin = end - tl.sum(tl.where(bins == expert, padded, 0))
+        hit = (has & (local == expert)).to(tl.int32)
+        tl.store(sorted_ptr + begin + tl.cumsum(hit, 0) - 1, pair, mask=hit > 0)
+        _fill(sorted_ptr, begin + tl.sum(hit), end, CHUNK, pairs_total, CHUNK)
+        _fill(expert_ids_ptr, begin // BLOCK, end // BLOCK, CHUNK, expert, CHUNK)
     # past the end: all programs share the work
-    step = tl.num_programs(0).to(tl.int64) * CHUNK
-    _fill(sorted_ptr, total + expert * CHUNK, tl.cast(sorted_size, tl.int64), step, sentinel, CHUNK)
-    _fill(expert_ids_ptr, total // BLOCK + expert * CHUNK, tl.cast(sorted_size, tl.int64) // BLOCK, step, -1, CHUNK)
-    if expert == 0:
-        tl.store(total_ptr, total.to(tl.int32))
+    at, step = tl.program_id(0) * CHUNK, tl.num_programs(0) * CHUNK
+    _fill(sorted_ptr, total + at, sorted_size, step, pairs_total, CHUNK)
+    _fill(expert_ids_ptr, total // BLOCK + at, sorted_size // BLOCK, step, -1, CHUNK)
+    if tl.program_id(0) == 0:
+        tl.store(total_ptr, total)
 
 
 @triton.jit
@@ -99,25 +91,30 @@ def _count_kernel(
     pairs_total = tl.cast(num_rows, tl.int64) * top_k
     num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
     counts = tl.zeros((BINS,), tl.int32)
-    for first in range(program * share, tl.minimum((program + 1) * share, num_pairs), CHUNK):
-        _, local = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
-        counts += tl.histogram(local, BINS)
-    bins = tl.arange(0, BINS)
-    tl.store(counts_ptr + program * BINS + bins, tl.where(bins < num_experts, counts, 0))
+    end_pair = tl.minimum((program + 1) * share, num_pairs)
+    for first in range(program * share, end_pair, CHUNK):
+        _, local, has = _local_ids(ids_ptr, first, end_pair, pairs_total, expert_start, num_experts, CHUNK)
+        counts += tl.histogram(local, BINS, mask=has)
+    tl.store(counts_ptr + program * BINS + tl.arange(0, BINS), counts)
     size = tl.cast(sorted_size, tl.int64)
     _fill(sorted_ptr, program * CHUNK, size, programs * CHUNK, pairs_total.to(tl.int32), CHUNK)
     _fill(expert_ids_ptr, program * CHUNK, size // BLOCK, programs * CHUNK, -1, CHUNK)
 
 
 @triton.jit
-def _earlier_equal(ids_ptr, first, local, num_pairs, all_pairs, expert_start, num_experts, CHUNK: tl.constexpr,
-                   NONE: tl.constexpr, STEP: tl.constexpr = 32):  # fmt: skip
-    """How many pairs of the chunk before each pair have its expert: all compared with all, STEP at a time."""
+def _earlier_equal(
+    ids_ptr, first, local, num_pairs, all_pairs, expert_start, num_experts, CHUNK: tl.constexpr,
+    STEP: tl.constexpr = 32,
+):  # fmt: skip
+    """How many pairs of the chunk before each pair have its expert: all compared with all, STEP at a time.
+
+    Example: local [5, 3, 5] gives [0, 0, 1].
+    """
     at = tl.arange(0, CHUNK)
     rank = tl.zeros((CHUNK,), tl.int32)
-    for step in range(0, CHUNK, STEP):
-        _, other = _local_ids(ids_ptr, first + step, num_pairs, all_pairs, expert_start, num_experts, STEP, NONE)
-        earlier = (step + tl.arange(0, STEP))[None, :] < at[:, None]
+    for step in tl.static_range(0, CHUNK, STEP):
+        _, other, known = _local_ids(ids_ptr, first + step, num_pairs, all_pairs, expert_start, num_experts, STEP)
+        earlier = known[None, :] & ((step + tl.arange(0, STEP))[None, :] < at[:, None])
         rank += tl.sum(((other[None, :] == local[:, None]) & earlier).to(tl.int32), axis=1)
     return rank
 
@@ -126,12 +123,14 @@ def _earlier_equal(ids_ptr, first, local, num_pairs, all_pairs, expert_start, nu
 def _scatter_kernel(
     ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
     num_rows, top_k, expert_start, num_experts, share,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the pairs of one share to where the counts of all shares put them. Grid: one program a share."""
     program = tl.program_id(0).to(tl.int64)
     pairs_total = tl.cast(num_rows, tl.int64) * top_k
     num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
+    end_pair = tl.minimum((program + 1) * share, num_pairs)
     bins = tl.arange(0, BINS)
     before, counts = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
     if PDL:
@@ -146,19 +145,18 @@ def _scatter_kernel(
     padded = (counts + BLOCK - 1) // BLOCK * BLOCK
     ends = tl.cumsum(padded, 0)
     base = ends - padded + before
-    for first in range(program * share, tl.minimum((program + 1) * share, num_pairs), CHUNK):
-        pair, local = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
-        rank = _earlier_equal(ids_ptr, first, local, num_pairs, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
-        where = tl.gather(base, local, 0) + rank
-        tl.store(sorted_ptr + where, pair.to(tl.int32), mask=local < BINS - 1)
-        base += tl.histogram(local, BINS)
-    # the blocks of expert e: programs take every num_programs-th expert
-    for expert in range(program, num_experts, tl.num_programs(0)):
-        end = tl.sum(tl.where(bins == expert, ends, 0))
-        begin = end - tl.sum(tl.where(bins == expert, padded, 0))
-        _fill(expert_ids_ptr, begin // BLOCK, end // BLOCK, CHUNK, expert, CHUNK)
+    for first in range(program * share, end_pair, CHUNK):
+        pair, local, has = _local_ids(ids_ptr, first, end_pair, pairs_total, expert_start, num_experts, CHUNK)
+        rank = _earlier_equal(ids_ptr, first, local, end_pair, pairs_total, expert_start, num_experts, CHUNK)
+        tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
+        base += tl.histogram(local, BINS, mask=has)
+    total = tl.max(ends)
+    for first in range(program * BLOCKS, total // BLOCK, tl.num_programs(0) * BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        expert = tl.sum((ends[None, :] <= (block * BLOCK)[:, None]).to(tl.int32), axis=1)
+        tl.store(expert_ids_ptr + block, expert, mask=block < total // BLOCK)
     if program == 0:
-        tl.store(total_ptr, tl.max(ends))
+        tl.store(total_ptr, total)
 
 
 def _launch_two(
@@ -166,19 +164,20 @@ def _launch_two(
     num_local_experts: int, local_expert_start: int,
 ) -> None:  # fmt: skip
     sorted_ids, expert_ids, total = outputs
-    bins = triton.next_power_of_2(num_local_experts + 1)
-    share = triton.cdiv(triton.cdiv(topk_ids.numel(), _SHARES), _CHUNK) * _CHUNK
+    bins = triton.next_power_of_2(num_local_experts)
+    share = triton.cdiv(triton.cdiv(topk_ids.numel(), min(_TABLE // bins, _SHARES)), _CHUNK) * _CHUNK
     shares = triton.cdiv(topk_ids.numel(), share)
     counts = torch.empty(shares, bins, dtype=torch.int32, device=topk_ids.device)
     sizes = topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts
-    options = {"BLOCK": block_size, "CHUNK": _CHUNK, "BINS": bins, "num_warps": 8}
+    options = {"BLOCK": block_size, "BINS": bins}
     _count_kernel[(shares,)](
         topk_ids, valid_tokens, counts, sorted_ids, expert_ids, *sizes, sorted_ids.numel(), share,
-        **options, **chain_start(True, topk_ids.device),
+        CHUNK=min(triton.next_power_of_2(share), 1024), num_warps=4, **options, **chain_start(True, topk_ids.device),
     )  # fmt: skip
     _scatter_kernel[(shares,)](
         topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *sizes, share,
-        ROWS=max(8192 // bins, 1), **options, **chain_link(True, topk_ids.device),
+        CHUNK=_CHUNK, ROWS=max(4096 // bins, 1), BLOCKS=max(4096 // bins, 1), num_warps=8, **options,
+        **chain_link(True, topk_ids.device),
     )  # fmt: skip
 
 
@@ -196,9 +195,9 @@ def launch(
         return
     sorted_ids, expert_ids, total = outputs
     chunk = max(triton.next_power_of_2(topk_ids.numel()), 128)
-    _align_kernel[(num_local_experts,)](
+    _align_kernel[(min(num_local_experts, _ONE_LAUNCH_PROGRAMS),)](
         topk_ids, valid_tokens, sorted_ids, expert_ids, total,
         topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts, sorted_ids.numel(),
-        BLOCK=block_size, CHUNK=chunk, BINS=triton.next_power_of_2(num_local_experts + 1),
+        BLOCK=block_size, CHUNK=chunk, BINS=triton.next_power_of_2(num_local_experts),
         num_warps=16 if chunk > 1024 else 4, **chain_start(True, topk_ids.device),
     )  # fmt: skip

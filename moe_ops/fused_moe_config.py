@@ -19,6 +19,8 @@ class Tiles:
     """One GEMM launch: rows x columns x depth of a tile (columns of I in the first GEMM: gate and up both).
 
     ``swap`` makes the weights the left operand of the tensor cores (bulk copies only): for few rows.
+    ``flat`` (many rows) runs all tiles of a program as one pipelined loop. ``special`` (many rows, second GEMM, bulk
+    copies) gives loads, and each half of ``block_m = 128``, warps of their own, ``num_warps`` each.
     """
 
     block_m: int
@@ -27,6 +29,8 @@ class Tiles:
     num_warps: int
     num_stages: int
     swap: bool = False
+    flat: bool = False
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,14 +105,19 @@ def invariant_plan(shape: Shape) -> Plan:
     however many rows are beside it and however the depth is cut. Without bulk copies that operand order is not to
     be had and the instruction depends on the rows of a tile: then one tile serves all counts.
     """
-    pairs, streamed = shape.tokens * shape.top_k, shape.hidden % 8 == 0 and shape.inner % 8 == 0
-    gate_up, down = Tiles(16, 32, 128, 4, 4, swap=True), Tiles(16, 64, 128, 4, 4, swap=True)
+    pairs = shape.tokens * shape.top_k
+    rows = _power_of_two(int(2 * pairs / shape.experts), 16, 64) if _streamed(shape) else 16
+    gate_up, down = Tiles(rows, 32, 128, 4, 4, swap=True), Tiles(rows, 64, 128, 4, 4, swap=True)
     if pairs <= FEW_PAIRS:
         return Plan(gate_up, down, pairs=_power_of_two(pairs, 16, FEW_PAIRS), prefetch=65536)
-    if streamed:
-        rows = _power_of_two(int(2 * pairs / shape.experts), 16, 64)
+    if _streamed(shape):
         gate_up, down = Tiles(rows, 64, 128, 4, 4, swap=True), Tiles(rows, 128, 64, 4, 4, swap=True)
     return Plan(gate_up, down, programs=16)
+
+
+def _streamed(shape: Shape) -> bool:
+    """Whether bulk copies can bring the weights: strides are multiples of 16 bytes."""
+    return shape.hidden % 8 == 0 and shape.inner % 8 == 0
 
 
 @cache
@@ -123,12 +132,21 @@ def table_name(gpu: str) -> str:
 
 
 def choose_plan(shape: Shape, gpu: str, batch_invariant: bool = False) -> Plan:
-    """The tuned plan of the nearest token count above (or the largest below), else the default."""
+    """The tuned plan of the nearest token count above (or the largest below), else the default.
+
+    ``batch_invariant`` takes it where it has the weights as left operand throughout (see ``invariant_plan``).
+    """
+    plan = _tuned_plan(shape, gpu)
     if batch_invariant:
-        return invariant_plan(shape)
+        swapped = plan is not None and plan.tma and plan.gate_up.swap and plan.down.swap and _streamed(shape)
+        return plan if swapped else invariant_plan(shape)
+    return plan or default_plan(shape)
+
+
+def _tuned_plan(shape: Shape, gpu: str) -> Plan | None:
     tuned = load_table(table_name(gpu)).get(shape.key())
     if not tuned:
-        return default_plan(shape)
+        return None
     counts = sorted(map(int, tuned))
     nearest = next((count for count in counts if count >= shape.tokens), counts[-1])
     return Plan.from_json(tuned[str(nearest)])

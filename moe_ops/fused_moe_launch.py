@@ -126,6 +126,11 @@ def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
     )  # fmt: skip
 
 
+def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel keeps the descriptors that it makes (Triton asks for an allocator, per thread)."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
     hidden, ids, form = problem.hidden, problem.topk_ids, problem.form
     width, inner, experts, block = hidden.shape[1], problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
@@ -139,26 +144,36 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
     tiles = positions // block * triton.cdiv(inner, plan.gate_up.block_n)
     gate_up_many_kernel[(min(tiles, sms * plan.programs),)](
         hidden, *aligned, weights, _or(problem.gate_up_bias, problem.gate_up), act,
-        ids.numel(), hidden.stride(0), width, inner, form.alpha or 0.0, form.limit or 0.0, **common, **args,
+        ids.numel(), hidden.stride(0), width, inner, form.alpha or 0.0, form.limit or 0.0,
+        FLAT=plan.gate_up.flat, **common, **args,
     )  # fmt: skip
     weights, args = _down(problem, plan)
     box_rows = args["TMA"] and inner * act.element_size() % _TMA_ALIGN == 0
-    rows = TensorDescriptor.from_tensor(act, [block, plan.down.block_k]) if box_rows else act
+    special = plan.down.special and box_rows and not form.transposed
+    if special:
+        triton.set_allocator(_descriptor_memory)
+    elif plan.down.special:  # the same accumulators over as many warps
+        args["num_warps"] *= 2
+    rows = TensorDescriptor.from_tensor(act, [block, plan.down.block_k]) if box_rows and not special else act
     tiles = positions // block * triton.cdiv(width, plan.down.block_n)
     down_many_kernel[(min(tiles, sms * plan.programs),)](
         rows, *aligned, weights, _or(problem.down_bias, problem.down), pairs,
-        ids.numel(), width, inner, BOX_ROWS=box_rows, **common, **args,
+        ids.numel(), positions, width, inner, BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, **common, **args,
     )  # fmt: skip
 
 
-def _sum_pairs(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
-    (rows, width), block = problem.hidden.shape, 1024 if problem.hidden.shape[1] >= 1024 else 256
+def sum_pairs(
+    pairs: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor, out: Tensor, expert_start: int, experts: int,
+    link: dict[str, Any],
+) -> None:  # fmt: skip
+    """``out (M, H)``: each live row's K ``pairs (M * K, H)`` of local experts times their weights, summed."""
+    (rows, width), block = out.shape, 1024 if out.shape[1] >= 1024 else 256
     tiles = triton.cdiv(width, block)
-    topk_sum_kernel[(min(rows, max(16 * sms // tiles, 1)), tiles)](
-        pairs, problem.topk_ids, problem.topk_weights, problem.valid_tokens, problem.out, problem.out.stride(0),
-        rows, width, problem.expert_start, problem.gate_up.shape[0],
-        TOP_K=problem.topk_ids.shape[1], BLOCK_H=block, num_warps=4,
-        **chain_link(plan.pdl, problem.hidden.device),
+    resident = 16 if ids.shape[1] <= 4 else 10  # programs an SM that 32 or 48 registers a thread let in at once
+    programs = max(resident * _device_of(out)[1] // tiles, 1)
+    topk_sum_kernel[(min(rows, programs), tiles)](
+        pairs, ids, weights, valid_tokens, out, out.stride(0), rows, width, expert_start, experts,
+        TOP_K=ids.shape[1], BLOCK_H=block, num_warps=4, **link,
     )  # fmt: skip
 
 
@@ -168,7 +183,10 @@ def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: 
         problem.out.zero_()
         return
     problem, plan = _prepare(problem, tokens_hint, batch_invariant, plan)
-    _sum_pairs(problem, plan, _run_pairs(problem, plan), _device_of(problem.hidden)[1])
+    sum_pairs(
+        _run_pairs(problem, plan), problem.topk_ids, problem.topk_weights, problem.valid_tokens, problem.out,
+        problem.expert_start, problem.gate_up.shape[0], chain_link(plan.pdl, problem.hidden.device),
+    )  # fmt: skip
 
 
 def run_pairs(problem: Problem, tokens_hint: int | None, batch_invariant: bool) -> tuple[Tensor, Tensor, Tensor]:

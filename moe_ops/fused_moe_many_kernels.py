@@ -27,7 +27,7 @@ def gate_up_many_kernel(
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent."""
     if PDL:
@@ -35,7 +35,8 @@ def gate_up_many_kernel(
         tl.extra.cuda.gdc_wait()
     num_blocks = tl.load(total_ptr) // BLOCK_M
     num_tiles = tl.cdiv(inner, BLOCK_N)
-    for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):
+    # FLAT: one loop over the depths of all tiles, so that a tile's first loads begin under the one before
+    for index in tl.range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0), flatten=FLAT):
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)
         first = block.to(tl.int64) * BLOCK_M
@@ -54,21 +55,26 @@ def gate_up_many_kernel(
 @triton.jit
 def down_many_kernel(
     act, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, out_ptr,
-    num_pairs, hidden, inner,
+    num_pairs, positions, hidden, inner,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BOX_ROWS: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FLAT: tl.constexpr,
+    SPECIAL: tl.constexpr,
 ):  # fmt: skip
     """``out[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent.
 
-    ``act``: (S, I), with BOX_ROWS its descriptor: a block's rows lie one after the other.
+    ``act``: (S, I), with BOX_ROWS its descriptor: a block's rows lie one after the other. SPECIAL (BLOCK_M 128, four
+    warps): one group of warps loads, two multiply 64 rows each and store while their next tile is being loaded.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    if SPECIAL:  # made here: the groups take half boxes, which a descriptor made by the host cannot follow
+        act = tl.make_tensor_descriptor(act, [positions, inner], [inner, 1], [BLOCK_M, BLOCK_K])
     num_blocks = tl.load(total_ptr) // BLOCK_M
     num_tiles = tl.cdiv(hidden, BLOCK_N)
-    for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):
+    items = num_blocks * num_tiles
+    for index in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIAL):
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)
         first = block.to(tl.int64) * BLOCK_M

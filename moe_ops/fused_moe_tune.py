@@ -68,14 +68,22 @@ class GraphTimer:
 def random_layer(
     shape: Shape, total_experts: int, device: torch.device, seed: int = 0
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """``(hidden, topk_ids, topk_weights)`` of uniform routing over all experts, and bf16 ``(gate_up, down)``."""
+    """``(hidden, topk_ids, topk_weights)`` of uniform routing over all experts, and bf16 ``(gate_up, down)``.
+
+    Of the random routings the first that touches as many local experts as is to be expected, rounded: at a few tokens
+    chance would decide how many weights are read.
+    """
+    missed = (1 - shape.top_k / total_experts) ** shape.tokens
+    expected = round(shape.experts * (1 - missed))
     make = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(size, device=device, generator=make, dtype=torch.bfloat16) * scale
 
-    scores = torch.rand(shape.tokens, total_experts, device=device, generator=make)
-    weights, ids = scores.topk(shape.top_k, dim=-1)
+    for _ in range(1000):
+        weights, ids = torch.rand(shape.tokens, total_experts, device=device, generator=make).topk(shape.top_k, dim=-1)
+        if ids[ids < shape.experts].unique().numel() == expected:
+            break
     gate_up = normal(shape.experts, 2 * shape.inner, shape.hidden, scale=shape.hidden**-0.5)
     down = normal(shape.experts, shape.hidden, shape.inner, scale=shape.inner**-0.5)
     return (normal(shape.tokens, shape.hidden), ids, weights / weights.sum(-1, keepdim=True)), (gate_up, down)
@@ -105,9 +113,16 @@ def _many_tiles(rows: int, parts: int) -> Iterator[Tiles]:
         (64, 128, 4, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3),
         (256, 64, 4, 2), (256, 64, 8, 3), (256, 64, 8, 4), (256, 128, 8, 2), (256, 32, 8, 6),
     ):  # fmt: skip
-        for swap in (False, True) if rows < 128 and wide > 64 else (False,):
-            if rows * wide <= 64 * 256 * (warps // 4):  # accumulators: 128 registers a thread
-                yield Tiles(rows, wide // parts, depth, warps, stages, swap=swap)
+        if rows * wide > 64 * 256 * (warps // 4):  # accumulators: 128 registers a thread
+            continue
+        tiles = Tiles(rows, wide // parts, depth, warps, stages)
+        yield tiles
+        yield replace(tiles, flat=True)
+        if rows < 128 and wide > 64:
+            yield replace(tiles, swap=True)
+    if rows == 128 and parts == 1:
+        for stages in (3, 4):
+            yield Tiles(rows, 256, 64, 4, stages, special=True)
 
 
 def _few_starts(shape: Shape) -> Iterator[Plan]:
@@ -117,6 +132,7 @@ def _few_starts(shape: Shape) -> Iterator[Plan]:
             tiles = Tiles(rows, 32, 128, 4, 4, swap=True)
             yield Plan(tiles, replace(tiles, block_n=64), pairs=chunk, prefetch=65536)
     yield Plan(Tiles(16, 16, 256, 4, 3), Tiles(16, 32, 256, 4, 3), pairs=chunk, prefetch=65536)
+    yield Plan(Tiles(16, 16, 128, 4, 5), Tiles(16, 32, 128, 4, 5), pairs=chunk, prefetch=65536, tma=False)
 
 
 def _many_starts(shape: Shape) -> Iterator[Plan]:

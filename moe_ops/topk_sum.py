@@ -78,16 +78,10 @@ def launch_topk_sum(
     out = pairs.new_empty(topk_ids.shape[0], pairs.shape[1], dtype=out_dtype or pairs.dtype)
     if not out.numel() or not topk_ids.numel():
         return out.zero_()
-    import triton
+    from .fused_moe_launch import sum_pairs
 
-    from .fused_moe_kernels import topk_sum_kernel
-
-    (rows, width), block = out.shape, 1024 if out.shape[1] >= 1024 else 256
-    topk_sum_kernel[(min(rows, 1024), triton.cdiv(width, block))](
-        pairs.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), valid_tokens, out, out.stride(0),
-        rows, width, local_expert_start, num_local_experts,
-        TOP_K=topk_ids.shape[1], BLOCK_H=block, PDL=False, num_warps=4,
-    )  # fmt: skip
+    arguments = pairs.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), valid_tokens, out
+    sum_pairs(*arguments, local_expert_start, num_local_experts, {"PDL": False})
     return out
 
 

@@ -35,6 +35,8 @@ PLANS = {
     "few-bisect": Plan(T64S, T64S, pairs=128),
     "few-pointers": Plan(T16, T16, pairs=64, tma=False),
     "many": Plan(T64, T64),
+    "many-flat": Plan(replace(T64, flat=True), replace(T64, flat=True)),
+    "many-special": Plan(replace(T64, block_m=128), Tiles(128, 128, 64, 4, 3, special=True)),
     "many-swap": Plan(T64S, T64S, group=1, programs=3),
     "many-128": Plan(replace(T64, block_m=128), replace(T64S, block_m=128)),
     "many-16": Plan(T16, T16S, group=2),
@@ -52,7 +54,7 @@ def test_plans(plan, case):
     check(run, case, FORMS["swiglu"], DTYPE, DEVICE, plan=PLANS[plan])
 
 
-@pytest.mark.parametrize("plan", ["few-swap", "few-pointers", "many", "many-128"])
+@pytest.mark.parametrize("plan", ["few-swap", "few-pointers", "many", "many-128", "many-special"])
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form, plan):
     check(run, ODD, FORMS[form], DTYPE, DEVICE, plan=PLANS[plan])

@@ -14,3 +14,8 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.gpu("1 H200: the compiled kernels, bf16")
 def test_kernels_on_the_gpu():
     run_checks("moe_kernel_checks.py", interpret=False)
+
+
+@pytest.mark.gpu("1 H200: 1000 replays, and sizes beyond 2^31 elements")
+def test_large_and_often_on_the_gpu():
+    run_checks("moe_gpu_checks.py", interpret=False)

@@ -1,0 +1,125 @@
+"""``fused_moe`` and ``align_block_size`` at sizes and in numbers that only a GPU can do: run by ``test_moe_kernels``.
+
+Needs one GPU with 80 GB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_ops.align import launch_align
+from moe_ops.fused_moe import launch_fused_moe
+from moe_ops.fused_moe_config import Plan, Shape, Tiles, default_plan
+from moe_ops.moe_reference import fused_moe_reference
+from tests.moe_ops.moe_kernel_checks import PLANS
+from tests.tolerances import FUSED_MOE, relative_error
+
+FEW = Tiles(16, 32, 128, 4, 4, swap=True)
+MANY = Tiles(128, 128, 64, 8, 3)
+BIG_PLANS = {
+    "few": Plan(FEW, replace(FEW, block_n=64), pairs=128),
+    "few-pointers": Plan(FEW, replace(FEW, block_n=64), pairs=128, tma=False),
+    "many": Plan(MANY, MANY),
+    "many-pointers": Plan(Tiles(64, 64, 32, 4, 3), Tiles(64, 64, 32, 4, 3), tma=False),
+}
+BIG_PLANS |= {name: PLANS[name] for name in ("many-flat", "many-special")}
+
+
+@pytest.fixture(autouse=True)
+def _give_back():
+    yield
+    torch.cuda.empty_cache()
+
+
+def _layer(rows: int, top_k: int, experts: int, hidden: int, inner: int) -> list[Tensor]:
+    """hidden, ids, weights, gate_up, down."""
+    make = torch.Generator("cuda").manual_seed(rows)
+
+    def normal(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_(std=size[-1] ** -0.5, generator=make)
+
+    ids = torch.randint(0, experts, (rows, 1), device="cuda", generator=make)
+    ids = (ids + torch.arange(top_k, device="cuda")) % experts
+    weights = torch.rand(rows, top_k, device="cuda", generator=make)
+    return [normal(rows, hidden), ids, weights, normal(experts, 2 * inner, hidden), normal(experts, hidden, inner)]
+
+
+def _live(count: int) -> Tensor:
+    return torch.tensor([count], dtype=torch.int32, device="cuda")
+
+
+def _check_rows(out: Tensor, layer: list[Tensor], rows: Tensor) -> None:
+    hidden, ids, weights, gate_up, down = layer
+    wanted = fused_moe_reference(
+        hidden[rows].double(), ids[rows], weights[rows].double(), gate_up, down, _live(rows.numel()), 0
+    )
+    assert relative_error(out[rows], wanted) <= FUSED_MOE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 512])
+def test_a_thousand_replays_with_other_live_counts(tokens):
+    """Row r of every replay has the bits that it has in an eager call with all rows live."""
+    layer = _layer(tokens, 4, 16, 512, 256)
+    chosen = default_plan(Shape(16, 4, 512, 256, tokens))
+    live = _live(tokens)
+    wanted = launch_fused_moe(*layer, live, 0, plan=chosen)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = launch_fused_moe(*layer, live, 0, plan=chosen)
+    wrong = torch.zeros(1, dtype=torch.int64, device="cuda")
+    for step in range(1000):
+        count = step * 37 % (tokens + 1)
+        live.fill_(count)
+        out.fill_(float("nan"))
+        graph.replay()
+        wrong += (out[:count] != wanted[:count]).sum()
+    assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("plan", BIG_PLANS)
+def test_weights_beyond_2_31_elements(plan):
+    layer = _layer(32, 2, 65, 4096, 4096)
+    assert layer[3].numel() > 2**31
+    layer[1][-4:] = torch.tensor([63, 64], device="cuda")  # the last experts, whose weights lie beyond 2^31
+    out = launch_fused_moe(*layer, _live(32), 0, plan=BIG_PLANS[plan])
+    _check_rows(out, layer, torch.arange(32, device="cuda"))
+
+
+@pytest.mark.parametrize("plan", [name for name in BIG_PLANS if name.startswith("many")])
+def test_rows_beyond_2_31_elements(plan):
+    """M * H, M * K * H and M * K * I are all above 2^31."""
+    layer = _layer(1_100_000, 2, 4, 2048, 1024)
+    rows = layer[0].shape[0]
+    assert min(rows * 2048, rows * 2 * 1024) > 2**31
+    out = launch_fused_moe(*layer, _live(rows), 0, plan=BIG_PLANS[plan])
+    _check_rows(out, layer, torch.cat([torch.arange(64), torch.arange(rows - 64, rows)]).cuda())
+
+
+def test_few_rows_live_of_many():
+    """The few-rows kernels with rows far apart: a capacity of 2^31 elements, 40 of its rows live."""
+    layer = _layer(1_100_000, 2, 4, 2048, 1024)
+    out = launch_fused_moe(*layer, _live(40), 0, plan=BIG_PLANS["few"])
+    _check_rows(out, layer, torch.arange(40, device="cuda"))
+
+
+@pytest.mark.parametrize("experts", [3, 256])
+def test_align_of_almost_2_31_pairs(experts):
+    rows, top_k, block, step = 2**28 - 2**17, 8, 64, 2**27
+    ids = torch.empty(rows, top_k, dtype=torch.int32, device="cuda").random_(-1, experts + 1)
+    pairs = ids.numel()
+    sorted_ids, expert_ids, total = launch_align(ids, _live(rows), block, experts, 0)
+    used, flat, seen = int(total), ids.view(-1), 0
+    assert used % block == 0 and (expert_ids[used // block :] == -1).all()
+    for begin in range(0, used, step):
+        part = sorted_ids[begin : min(begin + step, used)]
+        expert = expert_ids[begin // block : (begin + part.numel()) // block].repeat_interleave(block)
+        real = part < pairs
+        assert (flat[part[real]] == expert[real]).all()
+        follows = (expert[1:] == expert[:-1]) & real[1:]  # pairs ascend within an expert, padding comes last
+        assert (part[1:] > part[:-1])[follows].all() and real[:-1][follows].all()
+        seen += int(real.sum())
+    assert seen == sum(int(((p >= 0) & (p < experts)).sum()) for p in flat.split(step))
