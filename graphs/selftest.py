@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import moe_ops
 from moe_ops import transports
-from moe_ops.selfcheck import Case, check_round
+from moe_ops.selfcheck import Case, check_round, check_turns
 from moe_ops.shapes import CHUNK_BYTES, align_up
 from moe_ops.symmetric import Channel
 
@@ -155,7 +155,7 @@ def _check_sizes(sizes: Sizes, transport: str) -> RankResult:
     for seed in range(sizes.rounds):
         case = Case(seed, _counts(ws.world_size, sizes.rows, seed))
         _poison(ws.channel)
-        problem = check_round(ws, case)
+        problem = check_round(ws, case) or check_turns(ws, case)
         if ws.channel is not None:
             moved, expected = _overwritten(ws.channel), _pushed(ws.channel, case)
             total += moved

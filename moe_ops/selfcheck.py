@@ -84,6 +84,45 @@ def check_round(ws: Workspace, case: Case) -> str | None:
     return next((_difference(*pair) for pair in pairs if not torch.equal(pair[1].cpu(), pair[2])), None)
 
 
+def check_turns(ws: Workspace, case: Case, turns: int = 2) -> str | None:
+    """Dispatch into symmetric buffers and combine from them, in turns; None if equal to the oracle, else what is not.
+
+    Rank r's stand-in for experts multiplies by r + 1: small integers, no rounding for up to 8 ranks in fp16 and bf16.
+    """
+    rank, name, ops = ws.rank, ws.group_name, torch.ops.moe_ep
+    batches, _, max_tokens = make_data(ws, case)
+    mine = reference.Batch(*(tensor.to(ws.device) for tensor in batches[rank]))
+    local_tokens = torch.tensor([case.counts[rank]], dtype=torch.int32).to(ws.device)
+    metadata = ops.metadata_update(local_tokens, name)
+    gathered = ws.layer_batch(max_tokens, mine.topk_ids.dtype, mine.topk_weights.dtype)
+    output, rows = ws.layer_output(max_tokens), ws.config.max_tokens_per_rank
+    sums = []
+    for _ in range(turns):
+        ops.agv_dispatch_into(*mine, local_tokens, metadata, *gathered, name, entry_barrier=False)
+        torch.mul(gathered.hidden, rank + 1, out=output)
+        kept = [tensor.clone() for tensor in gathered]
+        sums.append(
+            ops.rsv_combine_from(
+                output, local_tokens, metadata, rows, [], name, out_dtype=ws.config.dtype, exit_barrier=False
+            )
+        )
+    if ws.device.type == "cuda":
+        torch.cuda.synchronize(ws.device)
+    ws.check()
+
+    valid, want = sum(case.counts), reference.agv_dispatch(batches, case.counts, max_tokens)
+    factor = sum(range(1, ws.world_size + 1))
+    live = torch.arange(rows)[:, None] < case.counts[rank]
+    expected = torch.where(live, batches[rank].hidden * factor, 0)
+    pairs = [
+        (f"{field} of the buffer", got[:valid], right[:valid])
+        for field, got, right in zip(reference.Batch._fields, kept, want, strict=True)
+    ]
+    pairs.append(("ids of the buffer's dead rows", kept[1][valid:], want.topk_ids[valid:]))
+    pairs += [(f"rows combined in turn {turn}", got, expected) for turn, got in enumerate(sums)]
+    return next((_difference(*pair) for pair in pairs if not torch.equal(pair[1].cpu(), pair[2])), None)
+
+
 def make_data(ws: Workspace, case: Case) -> tuple[list[reference.Batch], list[Tensor], int]:
     """Every rank's batch and expert output, the same on all ranks: T = max_tokens_per_rank, M = W * T."""
     config = ws.config

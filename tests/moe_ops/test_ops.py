@@ -1,4 +1,4 @@
-"""What all five ops owe PyTorch: opcheck, and communication that the compiler neither moves nor drops."""
+"""What the ops owe PyTorch: opcheck, and communication that the compiler neither moves nor drops."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ def arguments(device: str) -> dict[str, tuple]:
         "align_block_size": (ids, count, 16, E, 0),
         "fused_moe": (hidden, ids, weights, gate_up, down, count, 0),
         "rsv_combine": (hidden, count, metadata, T, "local"),
+        "agv_dispatch_into": (
+            hidden,
+            ids,
+            weights,
+            count,
+            metadata,
+            torch.zeros_like(hidden),
+            torch.zeros_like(ids),
+            torch.zeros_like(weights),
+            "local",
+        ),
+        "rsv_combine_from": (hidden, count, metadata, T, [], "local"),
+        "fused_moe_into": (hidden, ids, weights, gate_up, down, count, 0, torch.zeros_like(hidden)),
     }
     return {
         name: tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in call) for name, call in calls.items()
@@ -35,7 +48,7 @@ def arguments(device: str) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["metadata_update", "agv_dispatch", "align_block_size", "fused_moe", "rsv_combine"])
+@pytest.mark.parametrize("name", sorted(arguments("cpu")))
 def test_opcheck(name: str, device: str) -> None:
     torch.library.opcheck(getattr(ops, name).default, arguments(device)[name])
 
