@@ -118,10 +118,14 @@ class DecodeLoop:
         A ``None`` among the requests means "none yet": the loop decodes on and asks again at its next look. Ends
         when all ranks are done; until then a rank without requests takes part with no rows.
         """
-        source, more = iter(requests), True
+        source, more, problem = iter(requests), True, None
         while True:
-            more = more and self._take(source)
-            if not any(turn.unfinished for turn in self._turn(self.look_every, coming=int(more))):
+            try:
+                more = more and self._take(source)
+            except RequestError as error:  # told to the others before it is raised, here and there
+                problem = str(error)
+            turns = self._turn(self.look_every, coming=int(more), problem=problem)
+            if not any(turn.unfinished for turn in turns):
                 break
             yield from self._harvest(self._lag)
         yield from self._harvest()
@@ -201,7 +205,7 @@ class DecodeLoop:
         everyone = [_Turn(*turn) for turn in self._meetings.meet(mine)]
         for rank, turn in enumerate(everyone):
             if turn.problem is not None:
-                raise RequestError(f"prefill: rank {rank}: {turn.problem}")
+                raise RequestError(f"rank {rank}: {turn.problem}")
         steps = [turn.steps for turn in everyone]
         if len(set(steps)) > 1:
             raise RequestError(f"ranks are about to run {steps} steps; make the same calls on every rank.")

@@ -150,6 +150,8 @@ def check_errors_reach_every_rank(rank: int, folder: Path) -> None:
     loop = graphs.DecodeLoop(model, batch=1, max_len=10, compile=False)
     with _raises(RequestError, "rank 1: a prompt of 10 tokens"):
         loop.prefill([[1] * (10 if rank == 1 else 2)])
+    with _raises(RequestError, "rank 0: submit: token 999 is outside the vocabulary"):
+        list(loop.serve([graphs.Request([999])] if rank == 0 else []))
     with _raises(RequestError, r"about to run \[3, 4\] steps; make the same calls"):
         loop.run(3 + rank)
     with _raises(CapacityError, "66 tokens exceeds max_tokens_per_rank=64"), torch.no_grad():

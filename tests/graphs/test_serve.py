@@ -126,6 +126,12 @@ def test_no_bit_depends_on_slot_or_neighbours(invariant: bool):
             torch.testing.assert_close(beside, alone, rtol=0, atol=2e-5)
 
 
+def test_a_bad_request_among_good_ones():
+    loop = graphs.DecodeLoop(served_model("mixtral"), batch=1, max_len=8, compile=False)
+    with pytest.raises(RequestError, match="rank 0: submit: an empty prompt"):
+        list(loop.serve([graphs.Request([1, 2], 2), graphs.Request([])]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
