@@ -45,22 +45,20 @@ def _cpu(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [(x.float() @ weight.float().T).to(x.dtype) for weight in weights]
 
 
-def tiles(rows: int, widths: Sequence[int], depth: int) -> dict[str, int | bool]:
+def tiles(rows: int, widths: Sequence[int]) -> dict[str, int]:
     """Tile sizes of a launch, the best of a sweep on one H200 at 1, 16 and 64 rows of Qwen3-30B-A3B's projections.
 
     Wide: 64 columns a program, which re-read the rows less. Narrow: as many programs as there are, in few steps.
     """
     wide = sum(widths) >= 4096
     block_n = 64 if wide else 16
-    block_k = 128 if wide else 512 if rows <= 16 else 256
+    parts, part = (1, 128) if wide else (1, 512) if rows <= 16 else (1, 256)
     padded = max(16, 1 << (rows - 1).bit_length())
-    stages = 5 if wide else 3
-    even = depth % block_k == 0
-    return {"ROWS": padded, "BLOCK_N": block_n, "BLOCK_K": block_k, "EVEN_K": even, "num_stages": stages}
+    return {"ROWS": padded, "BLOCK_N": block_n, "PARTS": parts, "PART": part, "num_stages": 5 if wide else 3}
 
 
-def launch(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """The kernel."""
+def launch(x: Tensor, weights: Sequence[Tensor], **chosen: int) -> list[Tensor]:
+    """The kernel; ``chosen`` replaces tile sizes, in tests and sweeps."""
     from .thin_linear_kernels import _thin_linear_kernel
 
     x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
@@ -69,11 +67,12 @@ def launch(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     if rows == 0:
         return outs
     widths = [weight.shape[0] for weight in weights]
-    sizes = tiles(rows, widths, depth)
+    sizes = tiles(rows, widths) | chosen
+    sizes["EVEN_K"] = depth % (sizes["PARTS"] * sizes["PART"]) == 0
     programs = sum(-(-width // sizes["BLOCK_N"]) for width in widths)
     _thin_linear_kernel[(programs,)](
         x, tuple(weights), tuple(outs), tuple(widths), rows, depth,
-        **sizes, num_warps=4,  # pyright: ignore[reportCallIssue]
+        **{"num_warps": 4} | sizes,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return outs
 

@@ -7,9 +7,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _product(
+def _product_whole(
     x_ptr, w_ptr, out_ptr, first, width, rows, depth,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``out[:, first : first + BLOCK_N] = x @ w[first : first + BLOCK_N].T``; the weights are the left operand."""
     row, column = tl.arange(0, ROWS), first + tl.arange(0, BLOCK_N)
@@ -17,8 +17,8 @@ def _product(
     sums = tl.zeros((BLOCK_N, ROWS), tl.float32)
     w_ptr += column.to(tl.int64)[:, None] * depth
     x_ptr += row.to(tl.int64)[None, :] * depth
-    for start in range(0, depth, BLOCK_K):
-        at = start + tl.arange(0, BLOCK_K)
+    for start in range(0, depth, PART):
+        at = start + tl.arange(0, PART)
         left = inside[:, None] if EVEN_K else inside[:, None] & (at < depth)[None, :]
         right = (row < rows)[None, :] if EVEN_K else (row < rows)[None, :] & (at < depth)[:, None]
         w = tl.load(w_ptr + at[None, :], mask=left, other=0.0, eviction_policy="evict_first")
@@ -29,21 +29,52 @@ def _product(
 
 
 @triton.jit
+def _product_in_parts(
+    x_ptr, w_ptr, out_ptr, first, width, rows, depth,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """``out[:, first : first + BLOCK_N] = x @ w[first : first + BLOCK_N].T``; the weights are the left operand.
+
+    PARTS pieces of PART are summed apart, so that no product waits for the one before; all are added at the end.
+    """
+    row, column = tl.arange(0, ROWS), first + tl.arange(0, BLOCK_N)
+    inside = (column < width)[None, :, None]
+    offset = tl.arange(0, PARTS)[:, None] * PART + tl.arange(0, PART)[None, :]
+    sums = tl.zeros((PARTS, BLOCK_N, ROWS), tl.float32)
+    w_ptr += column.to(tl.int64)[None, :, None] * depth
+    x_ptr += row.to(tl.int64)[None, None, :] * depth
+    for start in range(0, depth, PARTS * PART):
+        at = start + offset
+        left = inside if EVEN_K else inside & (at < depth)[:, None, :]
+        right = (row < rows)[None, None, :] if EVEN_K else (row < rows)[None, None, :] & (at < depth)[:, :, None]
+        w = tl.load(w_ptr + at[:, None, :], mask=left, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + at[:, :, None], mask=right, other=0.0)
+        sums = tl.dot(w, x, sums, input_precision="ieee")
+    place = out_ptr + row.to(tl.int64)[None, :] * width + column[:, None]
+    total = tl.sum(sums, 0).to(out_ptr.dtype.element_ty)
+    tl.store(place, total, mask=(column < width)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit
 def _thin_linear_kernel(
     x_ptr, weights, outs, widths, rows, depth,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``outs[i] (rows, widths[i]) = x (rows, depth) @ weights[i] (widths[i], depth).T`` for every i.
 
     Grid: (BLOCK_N columns of one output each; the outputs one after the other,). Each output element is summed in
-    steps of BLOCK_K whatever the number of rows, so a row's result does not depend on the others.
+    the same order whatever the number of rows, so a row's result does not depend on the others.
     Example: widths (48, 16), BLOCK_N 32: programs 0 and 1 serve output 0, program 2 output 1.
     """
     tile = tl.program_id(0)
     for i in tl.static_range(len(weights)):
         tiles = tl.cdiv(widths[i], BLOCK_N)
         if (tile >= 0) & (tile < tiles):
-            _product(
-                x_ptr, weights[i], outs[i], tile * BLOCK_N, widths[i], rows, depth, ROWS, BLOCK_N, BLOCK_K, EVEN_K
-            )
+            first = tile * BLOCK_N
+            if PARTS == 1:
+                _product_whole(x_ptr, weights[i], outs[i], first, widths[i], rows, depth, ROWS, BLOCK_N, PART, EVEN_K)
+            else:
+                _product_in_parts(
+                    x_ptr, weights[i], outs[i], first, widths[i], rows, depth, ROWS, BLOCK_N, PARTS, PART, EVEN_K
+                )
         tile -= tiles

@@ -52,8 +52,15 @@ def test_a_row_does_not_depend_on_the_others():
     assert torch.equal(launch(x, weights)[0][3:4], alone)
 
 
+@pytest.mark.parametrize("depth", [256, 300])
+@pytest.mark.parametrize(("parts", "part"), [(1, 32), (2, 32), (4, 16), (4, 128)])
+def test_sums_in_parts(parts: int, part: int, depth: int):
+    x, weights = case(5, depth, (33, 16))
+    for got, weight in zip(launch(x, weights, PARTS=parts, PART=part), weights, strict=True):
+        assert relative_error(got, x.double() @ weight.double().T) < WITHIN
+
+
 def test_tiles():
-    wide = {"ROWS": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EVEN_K": True, "num_stages": 5}
-    assert tiles(16, (4096, 512, 512), 2048) == wide
-    narrow = {"ROWS": 64, "BLOCK_N": 16, "BLOCK_K": 256, "EVEN_K": False, "num_stages": 3}
-    assert tiles(64, (2048,), 4000) == narrow
+    assert tiles(16, (4096, 512, 512))["BLOCK_N"] == 64
+    assert tiles(64, (2048,))["BLOCK_N"] == 16
+    assert [tiles(rows, (16,))["ROWS"] for rows in (1, 16, 17, 64)] == [16, 16, 32, 64]
