@@ -38,10 +38,9 @@ MAX_BYTES = 64 << 20  # one weight
 
 @dataclass(frozen=True)
 class Product:
-    """``node = x @ weight.T`` with ``weight (width, depth)`` an input of the graph."""
+    """``node = x @ weight.T`` (``x`` is its first argument) with ``weight (width, depth)`` an input of the graph."""
 
     node: Node
-    x: Node
     weight: Node
 
 
@@ -51,7 +50,8 @@ def replace_together(products: list[Product]) -> str:
     graph, names = first.node.graph, ", ".join(product.node.name for product in products)
     with graph.inserting_before(first.node):
         op = torch.ops.moe_ep.thin_linear.default
-        joined = torch_compat.insert_call(graph, op, first.x, [product.weight for product in products])
+        x = first.node.args[0]  # now: a product that stood here before may have been replaced meanwhile
+        joined = torch_compat.insert_call(graph, op, x, [product.weight for product in products])
         results = [torch_compat.insert_read(joined, index) for index in range(len(products))]
     for product, result in zip(products, results, strict=True):
         product.node.replace_all_uses_with(result)
@@ -78,7 +78,7 @@ class MergeProducts:
             if reason := _reason(node.args[0].meta["val"], weight.meta["val"]):
                 outcome.refuse(node, reason)
             else:
-                groups.setdefault(value_key(node.args[0]), []).append(Product(node, node.args[0], weight))
+                groups.setdefault(value_key(node.args[0]), []).append(Product(node, weight))
         for group in groups.values():
             for start in range(0, len(group), MAX_WEIGHTS):
                 outcome.done.append(replace_together(group[start : start + MAX_WEIGHTS]))

@@ -54,6 +54,20 @@ select = select.int(view_7, 0, 0)
 return (select)""")
 
 
+def test_a_product_of_a_product():
+    """A low-rank projection: the inner product is replaced first, and the outer one then takes its replacement."""
+
+    def low_rank(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return torch.mm(torch.mm(x, down.T), up.T)
+
+    module, inputs = inference_graph(low_rank, torch.randn(5, 16), torch.randn(4, 16), torch.randn(8, 4))
+    wanted = module(*inputs)[0]
+    assert len(PASS.run(module.graph).done) == 2
+    module.graph.lint()
+    module.recompile()
+    torch.testing.assert_close(module(*inputs)[0], wanted)
+
+
 def test_more_weights_than_one_launch_takes():
     def five(x: Tensor, *weights: Tensor) -> list[Tensor]:
         return [functional.linear(x, weight) for weight in weights]
