@@ -7,6 +7,7 @@ comm_buffers         experts write into the combine's symmetric memory: nothing 
 join_layer           dispatch joins the experts and their combine: the gathered batch is no tensor any more
 overlap_shared       a shared expert runs beside its layer, on a stream of its own
 unroll_topk          a router's top-k becomes maxima, which Inductor joins with what is around them
+keep_rotations       sine and cosine of the positions once a step, not in every layer
 merge_products       a small batch times several weights is one launch
 elide_barriers       says of every wait for peers why it stays or is not needed; changes nothing
 agreement            ranks compare what they compiled before they first communicate
@@ -39,6 +40,7 @@ from .errors import UnknownPassError
 from .fuse_combine import FuseCombine
 from .hoist_metadata import HoistMetadata
 from .join_layer import JoinLayer
+from .keep_rotations import KeepRotations
 from .merge_products import MergeProducts
 from .overlap_shared import OverlapShared
 from .report import RECENT, GraphReport, Outcome
@@ -60,6 +62,7 @@ PASSES: tuple[Pass, ...] = (
     JoinLayer(),
     OverlapShared(),
     UnrollTopk(),
+    KeepRotations(),
     MergeProducts(),
     ElideBarriers(),
     Agreement(),

@@ -94,6 +94,13 @@ def insert_call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
     return node
 
 
+def realize_target() -> Any:
+    """The op that makes Inductor keep a value in memory; torch offers it for its own tests only (2.11 to 2.13)."""
+    import torch._inductor.test_operators  # noqa: F401  registers it
+
+    return torch.ops._inductor_test.realize.default
+
+
 def insert_read(node: Node, index: int) -> Node:
     """One result of a call that returns several, at the graph's insertion point."""
     read = node.graph.call_function(operator.getitem, (node, index))

@@ -1,0 +1,67 @@
+"""Sine and cosine kept for all layers."""
+
+import re
+
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
+
+from lowering.keep_rotations import MIN_READERS, KeepRotations
+from tests.lowering.layers import inference_graph, text
+
+
+def rotations(x: Tensor, positions: Tensor, layers: int = 3) -> Tensor:
+    """Rotary embedding as transformers writes it, with a product between layers."""
+    angles = positions[:, None].float() * torch.arange(4)
+    cos, sin = ((function(angles) * 1.5).to(x.dtype)[:, None] for function in (torch.cos, torch.sin))
+    for _ in range(layers):
+        x = (x * cos + x.flip(-1) * sin) @ torch.ones(4, 4, dtype=x.dtype)
+    return x
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.tensor([3, 1, 9])
+
+
+def test_graph():
+    def four_readers(angles: Tensor, x: Tensor) -> list[Tensor]:
+        cos = (angles.cos() * 2).bfloat16()[:, None]
+        return [x * cos, x + cos, x - cos, x / cos]
+
+    module, given = inference_graph(four_readers, torch.randn(3, 4), torch.randn(3, 2, 4).bfloat16())
+    wanted = module(*given)
+    assert KeepRotations().run(module.graph).done == [f"cos: {MIN_READERS} readers"]
+    module.graph.lint()
+    module.recompile()
+    assert all(map(torch.equal, module(*given), wanted))
+    assert_expected_inline(text(module.graph), """\
+cos = cos(in0)
+mul = mul.Tensor(cos, 2)
+realize_default = _inductor_test.realize(mul)
+convert_element_type = prims.convert_element_type(realize_default, torch.bfloat16)
+unsqueeze = unsqueeze(convert_element_type, 1)
+mul_1 = mul.Tensor(in1, unsqueeze)
+add = add.Tensor(in1, unsqueeze)
+sub = sub.Tensor(in1, unsqueeze)
+div = div.Tensor(in1, unsqueeze)
+return (mul_1, add, sub, div)""")
+
+
+def test_few_readers_are_left_alone():
+    module, _ = inference_graph(lambda angles, x: [x * angles.cos(), x + angles.cos()], torch.ones(2), torch.ones(2))
+    assert not KeepRotations().run(module.graph).done
+
+
+def test_inductor_computes_it_once_and_to_the_same_bits():
+    outcomes = []
+    torch._dynamo.reset()
+    with torch.no_grad():
+        before = torch.compile(rotations, fullgraph=True)(*inputs(), 5)
+        torch._dynamo.reset()
+        with inductor_config.patch(post_grad_custom_pre_pass=lambda graph: outcomes.append(KeepRotations().run(graph))):
+            after, (code,) = run_and_get_code(torch.compile(rotations, fullgraph=True), *inputs(), 5)
+    assert [done.split(":")[0] for done in outcomes[0].done] == ["cos", "sin"]
+    assert len(re.findall(r"\bcos\(\)", code)) <= 2, "one vectorised loop and its tail"
+    assert torch.equal(before, after)
