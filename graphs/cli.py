@@ -15,6 +15,8 @@ import typer
 
 from moe_ops.errors import ArgumentError, MoeEpError
 
+from .explain_cli import explain
+
 if TYPE_CHECKING:
     from .job import DecodeJob, Outcome
     from .launch import Emit
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     Lines = list[tuple[int, Request]]
 
 app = typer.Typer(help="Expert-parallel MoE inference in one CUDA graph a step.", add_completion=False)
+app.command()(explain)
 
 
 @app.callback()

@@ -14,8 +14,10 @@ from moe_ops.workspace import get_workspace
 
 from . import torch_compat
 from .copies import Copy, copies_in_code, ops_in_code
+from .errors import LoweringError
 from .passes import enabled_options
-from .report import RECENT, GraphReport
+from .picture import draw
+from .report import RECENT, GraphReport, layers_are_viewed
 
 
 @dataclass
@@ -41,6 +43,13 @@ class Explanation:
         """The same as text for programs."""
         return json.dumps(asdict(self) | {"copies": [copy._asdict() for copy in self.copies]}, indent=2)
 
+    def to_svg(self) -> str:
+        """A picture of one layer before and after the passes; raises ``LoweringError`` where no graph has a layer."""
+        graph = next((graph for graph in self.graphs if graph.before and graph.after), None)
+        if graph is None or graph.before is None or graph.after is None:
+            raise LoweringError("explain: no graph holds a layer of moe_ep ops; pass a model whose experts use them.")
+        return draw(graph.before, graph.after)
+
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
@@ -55,7 +64,7 @@ def explain(model: Callable, *args: Any, mode: str | None = None, **kwargs: Any)
     torch_compat.reset_compiler()
     RECENT.clear()
     before = torch_compat.compile_counters()
-    with torch.no_grad(), torch_compat.without_caches():
+    with torch.no_grad(), torch_compat.without_caches(), layers_are_viewed():
         compiled = torch.compile(torch_compat.uncompiled(model), mode=mode)
         _, sources = torch_compat.output_code(compiled, *args, **kwargs)
     after = torch_compat.compile_counters()
@@ -109,6 +118,9 @@ def _lines(explanation: Explanation) -> list[str]:
 
 def _graph_lines(graph: GraphReport) -> list[str]:
     lines = []
+    if graph.before and graph.after:
+        counts = zip(graph.before.totals().items(), graph.after.totals().values())
+        lines.append("  a layer, by its graph: " + ", ".join(f"{name} {old} -> {new}" for (name, old), new in counts))
     for outcome in graph.outcomes:
         state = f"{len(outcome.done)} done, {len(outcome.refused)} refused" if outcome.enabled else "switched off"
         lines.append(f"  {outcome.name}: {state}")

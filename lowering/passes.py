@@ -41,9 +41,10 @@ from .fuse_combine import FuseCombine
 from .hoist_metadata import HoistMetadata
 from .join_layer import JoinLayer
 from .keep_rotations import KeepRotations
+from .layer_view import view_layer
 from .merge_products import MergeProducts
 from .overlap_shared import OverlapShared
-from .report import RECENT, GraphReport, Outcome
+from .report import RECENT, GraphReport, Outcome, someone_views_layers
 from .unroll_topk import UnrollTopk
 
 
@@ -116,14 +117,15 @@ class Lowering(torch_compat.graph_pass_base()):
 
 def run_passes(graph: Graph, options: Options = Options()) -> GraphReport:
     """Run all passes that ``options`` leaves on; the graph is valid again afterwards."""
-    before = _count_ops(graph)
+    before, viewed = _count_ops(graph), someone_views_layers()
+    layer = view_layer(graph) if viewed else None
     outcomes = []
     for one in PASSES:
         enabled = one.name not in options.without
         outcomes.append(one.run(graph, options.rounding) if enabled else Outcome(one.name, enabled=False))
     graph.lint()
     groups = list(dict.fromkeys(op.arguments["group_name"] for op in effect_ops(graph)))
-    return GraphReport(before, _count_ops(graph), groups, outcomes)
+    return GraphReport(before, _count_ops(graph), groups, outcomes, layer, view_layer(graph) if viewed else None)
 
 
 def enable(without: Iterable[str] | None = None, rounding: str | None = None) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+
+from .layer_view import LayerView
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class GraphReport:
     ops_after: dict[str, int]
     groups: list[str]
     outcomes: list[Outcome]
+    before: LayerView | None = None  # a layer as it was and as it is, where someone wants to see it
+    after: LayerView | None = None
 
     def outcome(self, name: str) -> Outcome:
         """What the pass of that name did."""
@@ -48,3 +54,20 @@ class GraphReport:
 
 # The newest graphs of this process; a graph that comes from the cache was rewritten by an earlier one.
 RECENT: deque[GraphReport] = deque(maxlen=256)
+
+_viewers: list[None] = []
+
+
+@contextmanager
+def layers_are_viewed() -> Iterator[None]:
+    """Reports made inside hold a layer before and after the passes."""
+    _viewers.append(None)
+    try:
+        yield
+    finally:
+        _viewers.pop()
+
+
+def someone_views_layers() -> bool:
+    """Whether ``layers_are_viewed``."""
+    return bool(_viewers)
