@@ -21,7 +21,8 @@ from . import (
     thin_linear,
     topk_sum,
 )
-from .workspace import BufferInfo, Workspace, get_workspace, init_workspace
+from .group_setup import init_workspace
+from .workspace import BufferInfo, Workspace, get_workspace
 
 __all__ = [
     "BufferInfo",

@@ -144,8 +144,13 @@ def rendezvous_calls() -> int:
     return _rendezvous_calls
 
 
-def allocate_symmetric(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> SymmetricBuffer:
-    """``nbytes`` of zeroed symmetric memory on every rank of ``group``; collective."""
+def allocate_symmetric(
+    group: dist.ProcessGroup, nbytes: int, device: torch.device, timeout_s: float
+) -> SymmetricBuffer:
+    """``nbytes`` of zeroed symmetric memory on every rank of ``group``; collective.
+
+    torch's rendezvous waits for the other ranks at the group's store, here for ``timeout_s`` at most.
+    """
     import torch.distributed._symmetric_memory as symm_mem
 
     global _rendezvous_calls
@@ -156,6 +161,9 @@ def allocate_symmetric(group: dist.ProcessGroup, nbytes: int, device: torch.devi
             "one a name of its own: torch.distributed.new_group(ranks, use_local_synchronization=True)."
         )
     _rendezvous_calls += 1
+    store = group_store(group)
+    patience = store.timeout
+    store.set_timeout(timedelta(seconds=timeout_s))
     try:
         local = symm_mem.empty(nbytes, dtype=torch.uint8, device=device)
         handle = symm_mem.rendezvous(local, group)
@@ -164,6 +172,8 @@ def allocate_symmetric(group: dist.ProcessGroup, nbytes: int, device: torch.devi
             f"symmetric memory cannot be set up between the ranks of this group ({error}); "
             "pass transport='nccl', or put the ranks on one node whose GPUs reach each other."
         ) from error
+    finally:
+        store.set_timeout(patience)
     local.zero_()
     peers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64).to(device)
     torch.cuda.synchronize(device)

@@ -7,7 +7,6 @@ op (or by ``Workspace.allocate``). A group of one rank needs no workspace.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -20,19 +19,15 @@ from . import transports
 from .buffers import SymmetricTensors
 from .census import Census
 from .errors import (
-    ArgumentError,
     CapacityError,
     DeviceError,
-    MoeEpError,
-    PeerTimeoutError,
     ShapeError,
     TransportError,
     WorkspaceError,
 )
 from .pools import outside_pools
 from .reference import Batch
-from .shapes import CPU_HIDDEN_DTYPES, HALF_DTYPES
-from .symmetric import Channel, Failure, Layout, SymmetricBuffer, make_channel, read_record
+from .symmetric import Channel, Layout, SymmetricBuffer, make_channel, read_record
 
 log = logging.getLogger("moe_ep")
 
@@ -133,7 +128,7 @@ class Workspace:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise WorkspaceError("the workspace is not allocated; call workspace.allocate() before graph capture.")
         self._channel = outside_pools(self._make_channel, self.device)
-        _agree(self._group(), f"allocate/{self.group_name}", self.config.timeout_s)
+        agree(self._group(), f"allocate/{self.group_name}", self.config.timeout_s)
 
     def memory(self) -> list[BufferInfo]:
         """Symmetric memory by region, in bytes, also before it is allocated."""
@@ -147,7 +142,7 @@ class Workspace:
         """Raise what a kernel recorded: ``PeerTimeoutError`` or ``CapacityError``. Does not wait for the GPU."""
         failure = read_record(self._channel.record) if self._channel is not None else None
         if failure is not None:
-            raise _error_of(failure, self.config.timeout_s)
+            raise failure.as_error(self.config.timeout_s)
 
     def check_call(self, op: str, *, rows: int, hidden_size: int, top_k: int | None, device: torch.device) -> None:
         """Raise unless a call's sizes are those the workspace was set up for."""
@@ -173,10 +168,12 @@ class Workspace:
         Returns the workspace to use from now on: this one, cleared, or a new one under the new group's name.
         """
         if group is not None and group is not self.group:
+            from .group_setup import init_workspace
+
             self.close()
             return init_workspace(group, **_as_kwargs(self.config))
         self._release()
-        _agree(self._group(), f"reset/{self.group_name}", self.config.timeout_s)
+        agree(self._group(), f"reset/{self.group_name}", self.config.timeout_s)
         return self
 
     def close(self) -> None:
@@ -209,7 +206,7 @@ class Workspace:
 
     def _check_rendezvous(self) -> None:
         """Raise where torch's rendezvous would wait for ever (``transports.rendezvous_calls``)."""
-        calls = _agree(self._group(), "rendezvous", self.config.timeout_s, transports.rendezvous_calls())
+        calls = agree(self._group(), "rendezvous", self.config.timeout_s, transports.rendezvous_calls())
         if len(set(calls)) > 1:
             raise TransportError(
                 f"the ranks of group {self.group_name!r} have set up different numbers of symmetric buffers ({calls}), "
@@ -227,8 +224,8 @@ class Workspace:
 
             return make_buffer(self._group(), nbytes, self.config.timeout_s)
         self._check_rendezvous()
-        buffer = transports.allocate_symmetric(self._group(), nbytes, self.device)
-        _agree(self._group(), "buffer", self.config.timeout_s)  # nobody writes before all have zeroed theirs
+        buffer = transports.allocate_symmetric(self._group(), nbytes, self.device, self.config.timeout_s)
+        agree(self._group(), "buffer", self.config.timeout_s)  # nobody writes before all have zeroed theirs
         return buffer
 
     def _make_channel(self) -> Channel:
@@ -242,43 +239,6 @@ class Workspace:
 
 
 _WORKSPACES: dict[str, Workspace] = {}
-
-
-def init_workspace(
-    group: dist.ProcessGroup | str | None,
-    *,
-    max_tokens_per_rank: int,
-    hidden_size: int,
-    top_k: int,
-    dtype: torch.dtype = torch.bfloat16,
-    transport: str = "auto",
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-) -> Workspace:
-    """Set up what the communication ops of ``group`` use; collective over the group.
-
-    ``max_tokens_per_rank``: rows a rank may pass (its T at most); ``hidden_size`` H; ``top_k`` K; ``dtype`` of
-    the hidden states; ``transport``: see ``moe_ops.transports``; ``timeout_s``: seconds that any wait for a peer
-    may take. ``group``: a process group, its name, or None for the default group.
-    Called again with the same values it returns the same workspace, with others it raises ``WorkspaceError``.
-    """
-    config = WorkspaceConfig(max_tokens_per_rank, hidden_size, top_k, dtype, transport, float(timeout_s))
-    process_group = _as_group(group)
-    name = process_group.group_name
-    existing = _WORKSPACES.get(name)
-    if existing is not None:
-        if existing.config != config:
-            raise WorkspaceError(
-                f"group {name!r} already has a workspace with {_differences(existing.config, config)}; "
-                "close() it first, or pass the same values."
-            )
-        return existing
-    device = transports.group_device(process_group)
-    _check_config(config, device)
-    facts = [transports.RankFacts(**fact) for fact in _meet(process_group, config, device)]
-    workspace = _first_that_works(process_group, config, transports.candidates(transport, facts), device)
-    _WORKSPACES[name] = workspace
-    log.info("moe_ep group %s: transport %s (%s)", name, workspace.transport, workspace.transport_reason)
-    return workspace
 
 
 def get_workspace(group_name: str) -> Workspace | None:
@@ -321,105 +281,13 @@ def _local_workspace(group_name: str) -> Workspace:
     return _LocalWorkspace(None, group_name, config, choice, torch.device("cpu"))
 
 
-def _as_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup:
-    if not dist.is_initialized():
-        raise WorkspaceError(
-            "init_workspace: torch.distributed is not initialized; call torch.distributed.init_process_group first. "
-            "One process alone needs no workspace: pass group_name='local' to the ops."
-        )
-    if isinstance(group, str):
-        resolved = transports.resolve_group(group)
-        if resolved is None:
-            raise WorkspaceError(f"init_workspace: no process group is named {group!r}; pass the group itself.")
-        return resolved
-    if group is None:
-        group = dist.group.WORLD
-    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise WorkspaceError("init_workspace: this rank is not in the group; call it on the group's ranks only.")
-    return group
-
-
-def _check_config(config: WorkspaceConfig, device: torch.device) -> None:
-    for name in ("max_tokens_per_rank", "hidden_size", "top_k"):
-        if getattr(config, name) < 1:
-            raise ArgumentError(f"init_workspace: {name} = {getattr(config, name)}; pass at least 1.")
-    if config.timeout_s <= 0:
-        raise ArgumentError(f"init_workspace: timeout_s = {config.timeout_s}; pass a positive number of seconds.")
-    allowed = HALF_DTYPES if device.type == "cuda" else CPU_HIDDEN_DTYPES
-    if config.dtype not in allowed:
-        raise ArgumentError(f"init_workspace: dtype = {config.dtype} on {device.type}; pass one of {allowed}.")
-
-
-def _meet(group: dist.ProcessGroup, config: WorkspaceConfig, device: torch.device) -> Iterable[dict]:
-    """Every rank's facts, after all agreed on the configuration."""
-    mine = {"config": config.payload(), "facts": transports.facts_payload(transports.local_facts(group, device))}
-    others = _agree(group, "init", config.timeout_s, mine)
-    for rank, other in enumerate(others):
-        if other["config"] != mine["config"]:
-            raise WorkspaceError(
-                f"init_workspace: rank {group.rank()} passed {mine['config']}, rank {rank} passed {other['config']}; "
-                "pass the same values on every rank."
-            )
-    return [other["facts"] for other in others]
-
-
-def _agree(group: dist.ProcessGroup, what: str, timeout_s: float, value: object = None) -> list:
+def agree(group: dist.ProcessGroup, what: str, timeout_s: float, value: object = None) -> list:
     """``value`` of every rank. Meetings are collective, so their number, kept in the store, is the same on all."""
     store, rank = transports.group_store(group), group.rank()
     key = f"moe_ep/{what}/{group.group_name}"
     number = store.add(f"{key}/meetings/{rank}", 1)
     operation = f"init_workspace ({what})"
     return transports.exchange(store, operation, f"{key}/{number}", rank, group.size(), value, timeout_s)
-
-
-def _first_that_works(
-    group: dist.ProcessGroup,
-    config: WorkspaceConfig,
-    choices: list[transports.TransportChoice],
-    device: torch.device,
-) -> Workspace:
-    """The first choice whose check passes on every rank."""
-    failures: list[str] = []
-    for choice in choices:
-        reason = "; ".join([choice.reason, *failures])
-        workspace = Workspace(group, group.group_name, config, transports.TransportChoice(choice.name, reason), device)
-        if choice.name in ("nccl", "gloo", "local"):
-            return workspace
-        problem = next((p for p in _agree(group, "check", config.timeout_s, _probe(workspace)) if p), None)
-        if problem is None:
-            return workspace
-        failures.append(f"{choice.name} failed its check: {problem}")
-    raise TransportError(f"init_workspace: {'; '.join(failures)}.")
-
-
-def _probe(workspace: Workspace) -> str | None:
-    """Try the transport on a small buffer; None if it works, else what went wrong."""
-    if workspace.transport.startswith("emulator"):
-        return None
-    from .selfcheck import probe_transport
-
-    return probe_transport(workspace)
-
-
-def _error_of(failure: Failure, timeout_s: float) -> MoeEpError:
-    """The exception for what a kernel recorded."""
-    if failure.kind == "timeout":
-        return PeerTimeoutError(failure.op, failure.epoch, failure.ranks, timeout_s)
-    ranks = ", ".join(map(str, failure.ranks))
-    if failure.kind == "capacity":
-        return CapacityError(
-            f"{failure.op}: {failure.rows} live rows of rank(s) {ranks} exceed {failure.limit} in call "
-            f"{failure.epoch}; pass fewer rows, or set up the workspace for more, then reset() it."
-        )
-    return MoeEpError(
-        f"{failure.op}: rank(s) {ranks} gave up in call {failure.epoch} for a reason that they report themselves; "
-        "see their error, then reset() the workspace on every rank."
-    )
-
-
-def _differences(old: WorkspaceConfig, new: WorkspaceConfig) -> str:
-    changed = [f"{k}={v!r} (now {getattr(new, k)!r})" for k, v in vars(old).items() if getattr(new, k) != v]
-    return ", ".join(changed)
 
 
 def _as_kwargs(config: WorkspaceConfig) -> dict:

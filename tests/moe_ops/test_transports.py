@@ -88,7 +88,11 @@ def settings(rank: Rank) -> None:
         before = ws.memory()
         assert [info.allocated for info in before] == [False] * len(before) and sum(i.nbytes for i in before) > 0
         ws.allocate()
-        assert ws.memory() == [info._replace(allocated=True) for info in before]
+        later = {"layer batch", "layer output"}  # allocated by the first op that uses them
+        assert ws.memory() == [info._replace(allocated=info.name not in later) for info in before]
+        assert ws.layer_output(4).shape == (4, 8) and ws.empty(3, 5, torch.float32).shape == (3, 5)
+        assert [info.name for info in ws.memory() if not info.allocated] == ["layer batch"]
+        assert ws.memory()[-1] == moe_ops.BufferInfo("callers", 128, True)
         _misuse(ws)
         ws.close()
         ws.close()
