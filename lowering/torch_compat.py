@@ -96,7 +96,7 @@ def insert_call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
 
 def realize_target() -> Any:
     """The op that makes Inductor keep a value in memory; torch offers it for its own tests only (2.11 to 2.13)."""
-    import torch._inductor.test_operators  # noqa: F401  registers it
+    import torch._inductor.test_operators
 
     return torch.ops._inductor_test.realize.default
 
