@@ -46,6 +46,7 @@ graph 0:
     + with_effects_14: with_effects_7 and with_effects_11; the gathered batch, 512 bytes, stays inside
   overlap_shared: 0 done, 0 refused
   unroll_topk: 0 done, 0 refused
+  keep_rotations: 0 done, 0 refused
   merge_products: 0 done, 0 refused
   elide_barriers: 5 done, 5 refused
     + with_effects: no reuse wait; the group's last op before this graph met all ranks
