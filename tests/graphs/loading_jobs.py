@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 import graphs
 from graphs import hf_compat
-from graphs.checkpoints import make_checkpoint
+from graphs.checkpoints import make_checkpoint, tiny_model
+from graphs.gates import OwnCode, recognise
 from graphs.sharding import dense_parts, expert_range
 from moe_ops import get_workspace
 from tests.graphs.model_cases import plain_model, prompts_of
@@ -109,6 +110,18 @@ def check_forward(rank: int, folder: Path, group: dist.ProcessGroup) -> None:
     close(group)
 
 
+def check_own_gate(rank: int, group: dist.ProcessGroup) -> None:
+    """Experts with an activation that the fused op does not have, split unevenly: the model's own code on each rank."""
+    plain = plain_model("qwen3_moe", hidden_act="relu")
+    ids = torch.tensor(prompts_of([4 + rank] * 2, seed=rank))
+    model = graphs.shard_experts(tiny_model("qwen3_moe", hidden_act="relu"), group, **SIZES)
+    assert isinstance(recognise(model.model.layers[0].mlp.experts), OwnCode)
+    with torch.no_grad():
+        got, wanted = model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    close(group)
+
+
 def run_loading(rank: int, world_size: int, folder: str, emit: Any = None) -> dict[str, Any]:
     """Body of one rank: by check what it found, or a traceback."""
     torch.set_num_threads(1)
@@ -130,4 +143,5 @@ def run_loading(rank: int, world_size: int, folder: str, emit: Any = None) -> di
             note(f"forward, EP={size}", lambda group=group: check_forward(rank, tiny, group))
             note(f"memory, EP={size}", lambda group=group: measure(big, group))
         dist.barrier()
+    note("own gate", lambda: check_own_gate(rank, groups[3]))
     return found

@@ -1,11 +1,16 @@
 """The experts implementation in one process: what ``set_experts_implementation("moe_ep")`` alone gives."""
 
+import itertools
+import types
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import graphs
+from graphs import hf_compat
 from graphs.checkpoints import tiny_model
+from graphs.gates import OwnCode, recognise
 from moe_ops.errors import CapacityError
 from tests.graphs.model_cases import FAMILIES, GraphKeeper, plain_model, prompts_of
 from tests.tolerances import MODEL_BF16_OVER_PLAIN, relative_error
@@ -63,6 +68,56 @@ def test_first_call_may_be_the_compiled_one(family: str):
     assert keeper.integer_inputs() == keeper.unbacked() == []
     assert keeper.calls("fused_moe") == 2
     torch._dynamo.reset()
+
+
+OWN_GATES = {  # family, overrides of its configuration -> whether a norm follows each expert
+    "unknown activation": ("mixtral", {"hidden_act": "relu"}, False),
+    "transposed, interleaved, biased": ("gpt_oss", {}, False),
+    "norm after each expert": ("olmoe", {}, True),
+}
+
+
+@pytest.mark.parametrize("case", OWN_GATES)
+def test_any_other_gate_runs_as_the_models_own_code(case: str):
+    """Two projections with the model's code between them: equal to Hugging Face, in one graph."""
+    family, overrides, norm = OWN_GATES[case]
+    model = plain_model(family, **overrides)
+    modules = list(hf_compat.experts_modules(model).values())
+    for module in modules:
+        if hasattr(module, "_apply_gate"):
+            module._apply_gate = module._apply_gate  # on the instance it could be anything
+        if norm:
+            module.has_post_expert_norm, module.post_expert_norm = True, torch.nn.LayerNorm(128)
+    assert all(isinstance(recognise(module), OwnCode) for module in modules)
+    # transformers before 5.20 knows no norm, and the class's own forward has none
+    expected = logits(model) if not norm else logits_with_norms(model, modules)
+    model.set_experts_implementation("moe_ep")
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    keeper = GraphKeeper()
+    compiled = torch.compile(model, backend=keeper, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(logits(compiled), expected, rtol=0, atol=1e-5)
+    assert (keeper.calls("fused_moe"), keeper.calls("expert_linear"), keeper.calls("topk_sum")) == (0, 4, 2)
+    assert len(keeper.graphs) == 1 and keeper.integer_inputs() == keeper.unbacked() == []
+    torch._dynamo.reset()
+
+
+def logits_with_norms(model, modules) -> torch.Tensor:
+    """By a plain loop over rows and slots, in place of the experts' own forward."""
+
+    def forward(self, hidden, index, weights):
+        out = torch.zeros_like(hidden)
+        for row, slot in itertools.product(range(len(hidden)), range(index.shape[1])):
+            expert = index[row, slot]
+            inner = self._apply_gate(self.gate_up_proj[expert] @ hidden[row])
+            out[row] += weights[row, slot] * self.post_expert_norm(self.down_proj[expert] @ inner)
+        return out
+
+    for module in modules:
+        module.forward = types.MethodType(forward, module)
+    expected = logits(model)
+    for module in modules:
+        del module.forward
+    return expected
 
 
 def test_switching_back_gives_hugging_face_again():

@@ -15,7 +15,7 @@ from graphs import checkpoints, hf_compat, loading
 from graphs.errors import CheckpointError, ShardingError, TransformersVersionError, UnsupportedModelError
 from graphs.sharding import expert_range, localize
 from tests.graphs.model_cases import FAMILIES, plain_model
-from tests.graphs.tiny_models import build, experts_classes, model_class
+from tests.graphs.tiny_models import build, experts_classes, model_class, tiny_config
 
 CAUSAL_MODELS = [n for n, entry in experts_classes().items() if "ForCausalLM" in model_class(entry).__name__]
 
@@ -72,6 +72,25 @@ def test_every_class_loads_its_share(tmp_path: Path, name: str):
         assert expected.state_dict().keys() == got.keys()
         for key, tensor in expected.state_dict().items():
             assert torch.equal(got[key], tensor), key
+
+
+def test_experts_inside_a_vision_language_model(tmp_path: Path):
+    text = tiny_config(experts_classes()["Qwen3VLMoeTextExperts"])
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text.to_dict(), vision_config=vision, image_token_id=60, video_token_id=61
+    )
+    plain = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    plain.set_experts_implementation("eager")
+    plain.save_pretrained(tmp_path)
+    model, ids = graphs.from_pretrained(tmp_path, max_tokens_per_rank=1, dtype="float32"), torch.randint(1, 59, (2, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-5)
+    share, _ = load_rank(tmp_path, 3, 1)
+    assert {m.down_proj.shape[0] for m in hf_compat.experts_modules(share).values()} == {1}
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # one tensor an expert; one for all experts

@@ -24,6 +24,10 @@ def test_a_group_may_be_smaller_than_the_world(found: list[dict[str, Any]], size
         assert found[rank][f"forward, EP={size}"] is None, found[rank][f"forward, EP={size}"]
 
 
+def test_a_gate_that_is_not_known_on_several_ranks(found: list[dict[str, Any]]):
+    assert [ranked["own gate"] for ranked in found] == [None, None, None]
+
+
 @pytest.mark.parametrize("size", MEMBERS)
 def test_peak_memory(found: list[dict[str, Any]], size: int):
     """A rank never holds more than its own parameters, one layer's experts of its own twice, and 16 MiB."""
