@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import moe_ops
-from moe_ops import errors
+from moe_ops import errors, transports
 from moe_ops.emulator import Rank, run_ranks
 from tests.moe_ops import rank_checks
 
@@ -132,6 +133,18 @@ def test_without_a_workspace() -> None:
         torch.ops.moe_ep.metadata_update(count, "nope")
     with pytest.raises(errors.WorkspaceError, match="init_process_group first"):
         moe_ops.init_workspace(None, max_tokens_per_rank=1, hidden_size=8, top_k=1)
+
+
+def test_a_group_name_that_torch_remembers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would wait for the ranks of the group that had the name before."""
+
+    class Group:
+        group_name = "0"
+
+    old, new = Group(), Group()
+    monkeypatch.setitem(transports._rendezvous_groups, "0", weakref.ref(old))
+    with pytest.raises(errors.TransportError, match=r"remembers an earlier group named '0'.*new_group"):
+        transports.allocate_symmetric(new, 16, torch.device("cpu"), 1.0)  # pyright: ignore[reportArgumentType]
 
 
 def test_peer_timeout_travels_between_processes() -> None:

@@ -47,6 +47,6 @@ def test_safe(steps: list[Step]):
 )
 def test_unsafe(steps: list[Step], buffer: str):
     verdict = check_sequence(steps)
-    assert not verdict.ok
+    assert not verdict.ok and verdict.counterexample is not None
     assert "race" in verdict.counterexample and buffer in verdict.counterexample
     assert "counted modulo" in verdict.counterexample
