@@ -162,7 +162,7 @@ def allocate_symmetric(
         )
     _rendezvous_calls += 1
     store = group_store(group)
-    patience = store.timeout
+    patience = store.timeout  # pyright: ignore[reportAttributeAccessIssue] -- torch types it for TCPStore only
     store.set_timeout(timedelta(seconds=timeout_s))
     try:
         local = symm_mem.empty(nbytes, dtype=torch.uint8, device=device)
