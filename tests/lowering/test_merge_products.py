@@ -6,7 +6,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.nn import functional
 
-from lowering.merge_products import MAX_BYTES, MergeProducts
+from lowering.merge_products import MAX_BYTES, MAX_ROWS_ALONE, MergeProducts
 from moe_ops.thin_linear import MAX_ROWS
 from tests.lowering.layers import inference_graph, text
 
@@ -95,6 +95,14 @@ def test_refused(x: Tensor, weight: Tensor, reason: str):
     outcome = PASS.run(module.graph)
     assert not outcome.done
     assert [reason in refusal.reason for refusal in outcome.refused] == [True], outcome.refused
+
+
+def test_many_rows_go_with_several_weights_only():
+    rows = MAX_ROWS_ALONE + 1
+    module, _ = inference_graph(attention_inputs, *arguments(rows))
+    outcome = PASS.run(module.graph)
+    assert outcome.done == ["thin_linear_default: mm, mm_1, mm_2"]
+    assert [refusal.reason for refusal in outcome.refused] == [f"{rows} rows times one weight"]
 
 
 def test_products_of_computed_values_are_none_of_its_business():
