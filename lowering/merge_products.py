@@ -14,8 +14,8 @@ After::
 Also for a single product, because at few rows the library's kernels do not read the weights at full speed. Legal
 because the weights are inputs of the graph, and nothing writes them. A sum in fp32 that is rounded once, as the
 library's, but in another order: the one place besides ``rounding`` where lowering changes bits. Refused for more than
-``MAX_ROWS`` rows (``MAX_ROWS_ALONE`` of a single product), and for weights that are not stored row by row or are larger than ``MAX_BYTES``, where the library is
-as fast. The CPU's products stay.
+``MAX_ROWS`` rows (``MAX_ROWS_ALONE`` of a single product), and for weights that are not stored row by row or are
+larger than ``MAX_BYTES``, where the library is as fast. The CPU's products stay.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class MergeProducts:
             else:
                 groups.setdefault(value_key(node.args[0]), []).append(Product(node, weight))
         for group in groups.values():
-            rows = group[0].x.meta["val"].shape[0]
+            rows = group[0].node.meta["val"].shape[0]
             if len(group) == 1 and rows > MAX_ROWS_ALONE:
                 outcome.refuse(group[0].node, f"{rows} rows times one weight")
                 continue
