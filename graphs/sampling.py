@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+SCAN_BLOCK = 512
 
 
 class Choice(NamedTuple):
@@ -62,9 +65,17 @@ def threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     rank = torch.arange(size, device=scaled.device)
     within_k = rank < torch.where(top_k > 0, top_k, size)[:, None]
     p = torch.where(within_k, ordered, float("-inf")).softmax(dim=-1)
-    before = p.cumsum(dim=-1) - p  # mass of the tokens ahead of each
-    last = (within_k & ((before < top_p[:, None]) | (rank == 0))).sum(dim=-1) - 1
-    return ordered.gather(1, last[:, None])[:, 0]
+    before = running_sums(p) - p  # mass of the tokens ahead of each
+    kept = within_k & ((before < top_p[:, None]) | (rank == 0))
+    return torch.where(kept, ordered, float("inf")).amin(dim=-1)
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """``x.cumsum(-1)`` of (B, V), first in blocks, then over blocks: torch 2.11 cannot compile a long scan of B > 1."""
+    blocks = pad(x, (0, -x.shape[1] % SCAN_BLOCK)).view(x.shape[0], -1, SCAN_BLOCK)
+    inside = blocks.cumsum(dim=2)
+    totals = inside[:, :, -1]
+    return (inside + (totals.cumsum(dim=1) - totals)[:, :, None]).view(x.shape[0], -1)[:, : x.shape[1]]
 
 
 def exponential(seed: Tensor, positions: Tensor, size: int) -> Tensor:

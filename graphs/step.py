@@ -79,10 +79,13 @@ class DecodeStep(nn.Module):
     def record(self, chosen: Tensor) -> None:
         """Make ``chosen (B,)`` the last token of the active slots, or the next of a prompt that is still being fed."""
         active, position = self.active, self.rows.starts + self.active
-        stored = self.history.gather(1, position[:, None])[:, 0]
-        in_prompt = position < self.prompt
-        token = torch.where(in_prompt | ~active, stored, chosen)
-        ends = (position >= self.last) | (~in_prompt & (token[:, None] == self.stop).any(dim=1))
+        token = torch.where(active, chosen, self.tokens)
+        stops = (token[:, None] == self.stop).any(dim=1)
+        if self.cache.recurrent:  # the others' prompts never come through here
+            in_prompt = position < self.prompt
+            token = torch.where(in_prompt, self.history.gather(1, position[:, None])[:, 0], token)
+            stops = stops & ~in_prompt
+        ends = stops | (position >= self.last)
         self.history.scatter_(1, position[:, None], token[:, None])
         self.tokens.copy_(token)
         self.rows.starts.copy_(position)
