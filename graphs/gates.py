@@ -9,7 +9,7 @@ attributes, because ``torch.compile`` may trace it: the first call of a one-proc
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -104,7 +104,7 @@ def _computes(cls: type, interleaved: bool) -> bool:
 
 def _agrees(cls: type, form: OwnGate, interleaved: bool, alpha: float, limit: float) -> bool:
     """Evaluate both on values well beyond the limit, with an instance that has nothing but what the formula uses."""
-    module = cls.__new__(cls)
+    module: Any = object.__new__(cls)
     nn.Module.__init__(module)
     module.act_fn = nn.SiLU()
     for name, value in ((form.alpha, alpha), (form.limit, limit)):

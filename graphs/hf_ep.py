@@ -9,7 +9,9 @@ transformers then shards the experts itself (evenly only) and gives this class t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from . import hf_compat
 from .errors import TransformersVersionError
 from .experts import NAME
 
-try:
-    from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
-except ImportError:  # before 5.23
-    EPImplementation, EPImplementationInterface = object, None
+EPImplementation: Any = object
+EPImplementationInterface: Any = None
+with suppress(ImportError, AttributeError):  # before 5.23
+    _theirs = import_module("transformers.distributed.expert_parallel")
+    EPImplementation, EPImplementationInterface = _theirs.EPImplementation, _theirs.EPImplementationInterface
 
 SINCE = "5.23"
 KEEP_WHOLE = "replicate"  # transformers' style that leaves a module or parameter as it is
@@ -113,9 +116,9 @@ def distributed_config(model: str | Path | Any, *, max_tokens_per_rank: int, ep_
             f"transformers {hf_compat.transformers.__version__} has no EPImplementation; upgrade to {SINCE}, "
             "or load the model with graphs.from_pretrained."
         )
-    from transformers import AutoConfig
-    from transformers.distributed import DistributedConfig
+    from transformers import AutoConfig, distributed
 
+    config_class: Any = distributed.DistributedConfig
     set_ep_options(max_tokens_per_rank=max_tokens_per_rank)
     config = AutoConfig.from_pretrained(model) if isinstance(model, (str, Path)) else model
     with torch.device("meta"):
@@ -123,7 +126,7 @@ def distributed_config(model: str | Path | Any, *, max_tokens_per_rank: int, ep_
     size = ep_size or dist.get_world_size()
     # only a rule of one's own overrides one of the model's, which would share a batch between ranks
     plan = dict.fromkeys(meta.tp_plan, KEEP_WHOLE)
-    return DistributedConfig(tp_size=size, tp_plan=plan, ep_size=size, ep_implementation=NAME)
+    return config_class(tp_size=size, tp_plan=plan, ep_size=size, ep_implementation=NAME)
 
 
 if EPImplementationInterface is not None:
