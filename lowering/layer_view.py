@@ -102,7 +102,7 @@ def _last_add(combine: Node) -> Node:
 
 def _is_read(node: Node, combine: Node) -> bool:
     """Whether ``node`` takes the first result of the combine."""
-    return bool(node.args) and node.args[0] is combine and len(node.args) == 2 and node.args[1] == 1
+    return len(node.args) == 2 and node.args[0] is combine and bool(node.args[1] == 1)
 
 
 def _members(source: Node, end: Node, start: Node) -> set[Node]:

@@ -58,5 +58,6 @@ def apply_activation(
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     if activation == "swiglu_oai":
+        assert alpha is not None
         return (up + 1) * (gate * torch.sigmoid(gate * alpha))
     return _POINTWISE[activation](gate) * up

@@ -53,8 +53,9 @@ class Plan:
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:
-        own = {field.name: entry[field.name] for field in fields(Plan) if field.name in entry}
-        return Plan(**own | {"gate_up": Tiles(**entry["gate_up"]), "down": Tiles(**entry["down"])})
+        own: dict[str, Any] = {field.name: entry[field.name] for field in fields(Plan) if field.name in entry}
+        own |= {name: Tiles(**entry[name]) for name in ("gate_up", "down")}
+        return Plan(**own)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,7 +140,7 @@ def choose_plan(shape: Shape, gpu: str, batch_invariant: bool = False) -> Plan:
     plan = _tuned_plan(shape, gpu)
     if batch_invariant:
         swapped = plan is not None and plan.tma and plan.gate_up.swap and plan.down.swap and _streamed(shape)
-        return plan if swapped else invariant_plan(shape)
+        return plan if plan is not None and swapped else invariant_plan(shape)
     return plan or default_plan(shape)
 
 

@@ -72,7 +72,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], **chosen: int) -> list[Tensor]:
     programs = sum(-(-width // sizes["BLOCK_N"]) for width in widths)
     _thin_linear_kernel[(programs,)](
         x, tuple(weights), tuple(outs), tuple(widths), rows, depth,
-        **{"num_warps": 4} | sizes,  # pyright: ignore[reportCallIssue]
+        **{"num_warps": 4} | sizes,  # pyright: ignore[reportCallIssue, reportArgumentType]
     )  # fmt: skip
     return outs
 
