@@ -81,7 +81,7 @@ def summed(pairs: Pairs, case: Case) -> Tensor:
 
 
 def check_case(rank: Rank, case: Case) -> None:
-    """The kernel equals the oracle and ``apply_epilogue``, bit for bit, twice."""
+    """The kernel equals the oracle and ``apply_epilogue``, bit for bit, also where it asks experts' ranks only."""
     world, max_tokens = len(case.counts), len(case.counts) * case.rows + 1
     channel = rank.channel(Layout(world, case.rows + 1, case.hidden_size, max(case.top_k, 1), case.dtype))
     if case.top_k:
@@ -95,8 +95,8 @@ def check_case(rank: Rank, case: Case) -> None:
     rows = reference.rsv_combine(outputs, case.counts, [case.rows] * world, case.out_dtype)[rank.rank]
     count = torch.tensor([case.counts[rank.rank]], dtype=torch.int32)
     metadata = reference.metadata(case.counts)[rank.rank]
-    for _ in range(2):
-        got = launch_combine_add(channel, source, count, metadata, case.rows, epilogue, case.out_dtype)
+    for per_rank in (0, 2):  # ``pairs_of`` gives two experts to each rank
+        got = launch_combine_add(channel, source, count, metadata, case.rows, epilogue, case.out_dtype, per_rank)
         assert torch.equal(got, apply_epilogue(rows, epilogue)), (case, got, apply_epilogue(rows, epilogue))
     rank.meet()
     channel.close()
