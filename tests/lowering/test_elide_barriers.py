@@ -37,8 +37,8 @@ with_effects_14: entry wait dropped; the layer batch was last read by with_effec
 with_effects: arrival: metadata_update reads the counts of all ranks, written in this call
 with_effects_12: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call
 with_effects_13: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call
-with_effects_14: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call""",
-    )  # noqa: E501
+with_effects_14: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call""",  # noqa: E501
+    )
     layers = list(effect_ops(module.graph, "moe_layer"))
     assert [op.arguments["entry_barrier"] for op in layers] == [False] * 3
 
@@ -58,8 +58,8 @@ def test_a_graph_that_begins_with_a_layer_keeps_its_entry():
 with_effects_7: entry wait dropped; the layer batch was last read by with_effects_6, whose experts ended before with_effects_6 met all ranks
 with_effects_6: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call
 with_effects_6: reuse: the graph begins with it, and what used the layer batch before is not known
-with_effects_7: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call""",
-    )  # noqa: E501
+with_effects_7: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call""",  # noqa: E501
+    )
     assert [op.arguments["entry_barrier"] for op in effect_ops(module.graph, "moe_layer")] == [True, False]
     module.recompile()
     assert torch.equal(before, module(*inputs)[0])

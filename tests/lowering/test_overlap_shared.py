@@ -117,8 +117,8 @@ getitem_16 = with_effects_5[2]
 view_8 = view(getitem_16, [2, 4, 32])
 add_1 = add.Tensor(view_2, view_8)
 add_2 = add.Tensor(view, add_1)
-return (add_2)""",
-    )  # noqa: E501
+return (add_2)""",  # noqa: E501
+    )
     assert done == ["with_effects_5: mm_3 of permute, permute_1 runs beside the layer"] and not refused
 
 
@@ -155,8 +155,8 @@ of_another_input eager: nothing found
 halves_swapped compiled: nothing found
 halves_swapped eager: nothing found
 another_activation compiled: nothing found
-another_activation eager: nothing found""",
-    )  # noqa: E501
+another_activation eager: nothing found""",  # noqa: E501
+    )
 
 
 def run(model: Callable) -> Tensor:

@@ -1,0 +1,51 @@
+"""Decode steps of real architectures: every layer becomes one op, one graph, nothing copied around the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import lowering
+from graphs import experts, hf_compat
+from graphs.checkpoints import tiny_model
+
+T = 4
+LAYERS = {"qwen3_moe": 2, "mixtral": 2, "deepseek_v3": 2, "gpt_oss": 2}
+
+
+def decode_step(family: str, world: int) -> Callable[[Tensor], Tensor]:
+    """One token of T sequences, on a rank that takes itself for the first of ``world`` (the others have no rows)."""
+    model = tiny_model(family, torch.bfloat16)
+    state = experts.ExpertParallelState("local", 0, world, T, torch.device("cpu"))
+    for index, module in enumerate(hf_compat.experts_modules(model).values()):
+        module.add_module(experts.STATE, state)
+        setattr(module, experts.LOCAL_START, 0)
+        setattr(module, experts.COMPUTES_METADATA, index == 0)
+    model.set_experts_implementation(experts.NAME)
+    return lambda ids: model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_a_step_is_one_graph_without_copies(family: str):
+    lowering.enable(rounding="compiled", without=[])
+    ids = torch.randint(1, 500, (T, 1), generator=torch.Generator().manual_seed(0))
+    explanation = lowering.explain(decode_step(family, 2), ids)
+    layer = "moe_layer_shared" if family == "deepseek_v3" else "moe_layer"
+    assert explanation.ops == {"agree": 1, "metadata_update": 1, layer: LAYERS[family]}, explanation
+    assert explanation.compiled_graphs == 1 and not explanation.graph_breaks and explanation.partitions == 0
+    # Once a step, not once a layer: the three numbers of the metadata go back into the model's buffer.
+    assert len(explanation.copies) <= 1 and all("copy_" in copy.kernel for copy in explanation.copies), explanation
+    assert explanation.graphs[0].after.totals()["copies"] == 0 < explanation.graphs[0].before.totals()["copies"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_one_graph_for_every_number_of_ranks(world: int):
+    """One rank alone gathers nothing, so there only the experts are ops."""
+    ids = torch.randint(1, 500, (T, 1), generator=torch.Generator().manual_seed(0))
+    explanation = lowering.explain(decode_step("qwen3_moe", world), ids)
+    assert (explanation.compiled_graphs, explanation.partitions) == (1, 0) and not explanation.graph_breaks
+    layers = {"fused_moe": 2} if world == 1 else {"agree": 1, "metadata_update": 1, "moe_layer": 2}
+    assert explanation.ops == layers
