@@ -1,9 +1,13 @@
-"""The rows that ``bench_decode`` measures: table, CSV, plot."""
+"""The rows that ``bench_decode`` measures: table, CSV, plot.
+
+    python benchmarks/decode_report.py rows.csv plot.png     # the plot of all rows of a CSV, of several runs
+"""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, dataclass, fields
+import sys
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +34,7 @@ class Line:
 
 
 def show(lines: list[Line], csv_path: Path | None, plot_path: Path | None) -> None:
-    """A table on the terminal; rows appended to the CSV; a plot of all of the CSV's rows."""
+    """A table on the terminal; rows appended to the CSV; a plot of them."""
     table = Table(*(field.name for field in fields(Line)))
     for line in lines:
         table.add_row(*map(str, asdict(line).values()))
@@ -63,19 +67,41 @@ def scaling(csv_path: Path) -> list[str]:
 
 
 def plot(lines: list[Line], path: Path) -> None:
-    """Step time over batch, one curve a variant and cache length."""
+    """Step time over the batch of a rank: one panel for each number of ranks, one curve a variant and cache length."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for key in sorted({(line.ranks, line.max_len, line.variant) for line in lines}):
-        curve = [line for line in lines if (line.ranks, line.max_len, line.variant) == key]
-        label = f"{key[2]}, {key[0]} GPU, cache {key[1]}"
-        axes.plot([line.batch for line in curve], [line.step_ms for line in curve], marker="o", label=label)
-    axes.set(xlabel="sequences a rank", ylabel="ms a decode step", xscale="log", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    ranks = sorted({line.ranks for line in lines})
+    figure, panels = pyplot.subplots(1, len(ranks), figsize=(4.2 * len(ranks), 3.6), sharey=True, squeeze=False)
+    for axes, count in zip(panels[0], ranks, strict=True):
+        here = [line for line in lines if line.ranks == count]
+        for key in sorted({(line.variant, line.max_len) for line in here}):
+            curve = sorted((line.batch, line.step_ms) for line in here if (line.variant, line.max_len) == key)
+            axes.plot(*zip(*curve, strict=True), marker="o", label=f"{key[0]}, cache of {key[1]}")
+        batches = sorted({line.batch for line in here})
+        axes.set(title=f"{count} GPU{'s' * (count > 1)}", xlabel="sequences a rank", xscale="log", ylim=(0, None))
+        axes.set_xticks(batches, list(map(str, batches)))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left")
+    panels[0][0].set_ylabel("ms a decode step")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def read(path: Path) -> list[Line]:
+    """The rows of a CSV."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return [Line(**{field.name: _parse(field, row[field.name]) for field in fields(Line)}) for row in rows]
+
+
+def _parse(field: Field, text: str) -> object:
+    kinds = {"str": str, "int": int, "float": float, "float | None": lambda value: float(value) if value else None}
+    return kinds[str(field.type)](text)
+
+
+if __name__ == "__main__":
+    plot(read(Path(sys.argv[1])), Path(sys.argv[2]))
