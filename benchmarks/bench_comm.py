@@ -7,7 +7,7 @@ ranks start a replay from a barrier, so waiting for a peer inside an op counts. 
 (all-gather, reduce-scatter); ours also moves ids and weights. Results are checked before they are timed.
 
 barrier            ``metadata_update``: the bare exchange of one word with every peer
-endless            the same exchange without a limit of time: what bounded waits cost
+endless            the same exchange without a limit of time, nor what follows from one: what bounded waits cost
 turns              ``agv_dispatch_into`` and ``rsv_combine_from`` in turn, no extra barrier: what the compiler emits
 routed             the same with ``experts_per_rank``: rows travel to and from ranks with an expert for them only
 into, from         the two alone, each with its extra barrier
