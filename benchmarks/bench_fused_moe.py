@@ -175,7 +175,8 @@ def tune_points(points: list[tuple[LayerShape, int]], timer: GraphTimer, args: a
 def brief(plan: Plan) -> str:
     """A plan on one line."""
     tiles = [
-        f"{t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}{' swap' if t.swap else ''}"
+        f"{t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}"
+        + "".join(f" {flag}" for flag in ("swap", "flat", "special") if getattr(t, flag))
         for t in (plan.gate_up, plan.down)
     ]
     way = f"few {plan.pairs} pre{plan.prefetch >> 10}K" if plan.pairs else f"many g{plan.group} p{plan.programs}"

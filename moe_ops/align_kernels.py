@@ -15,8 +15,7 @@ from .pdl import chain_link, chain_start
 
 ONE_LAUNCH_PAIRS = 4096
 _CHUNK = 128  # pairs that a program of the two-launch form ranks among each other at once, all with all
-_TABLE = 32768  # counts (shares x experts) of the two-launch form, which each of its programs reads: 128 KB
-_SHARES = 512  # at most as many shares
+_SHARES = 128  # programs of the two-launch form, about one an SM: each reads the counts of all
 _ONE_LAUNCH_PROGRAMS = 128  # about one an SM; with more experts than these a program has several
 
 
@@ -29,6 +28,15 @@ def _local_ids(ids_ptr, first, num_pairs, all_pairs, expert_start, num_experts, 
     # compared before narrowing: a wild int64 id must not wrap into range
     local = (ids >= expert_start) & (ids < expert_start + num_experts) & (pair < num_pairs)
     return pair, tl.where(local, ids - expert_start, 0).to(tl.int32), local
+
+
+@triton.jit
+def _bins(
+    ids_ptr, first, num_pairs, all_pairs, expert_start, num_experts, CHUNK: tl.constexpr, NONE: tl.constexpr
+):  # fmt: skip
+    """``_local_ids`` with the bin ``NONE`` where there is no local expert."""
+    pair, local, has = _local_ids(ids_ptr, first, num_pairs, all_pairs, expert_start, num_experts, CHUNK)
+    return pair, tl.where(has, local, NONE)
 
 
 @triton.jit
@@ -93,38 +101,28 @@ def _count_kernel(
     counts = tl.zeros((BINS,), tl.int32)
     end_pair = tl.minimum((program + 1) * share, num_pairs)
     for first in range(program * share, end_pair, CHUNK):
-        _, local, has = _local_ids(ids_ptr, first, end_pair, pairs_total, expert_start, num_experts, CHUNK)
-        counts += tl.histogram(local, BINS, mask=has)
-    tl.store(counts_ptr + program * BINS + tl.arange(0, BINS), counts)
+        _, local = _bins(ids_ptr, first, end_pair, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
+        counts += tl.histogram(local, BINS)
+    bins = tl.arange(0, BINS)
+    tl.store(counts_ptr + program * BINS + bins, tl.where(bins < num_experts, counts, 0))
     size = tl.cast(sorted_size, tl.int64)
     _fill(sorted_ptr, program * CHUNK, size, programs * CHUNK, pairs_total.to(tl.int32), CHUNK)
     _fill(expert_ids_ptr, program * CHUNK, size // BLOCK, programs * CHUNK, -1, CHUNK)
 
 
 @triton.jit
-def _earlier_equal(
-    ids_ptr, first, local, num_pairs, all_pairs, expert_start, num_experts, CHUNK: tl.constexpr,
-    STEP: tl.constexpr = 32,
-):  # fmt: skip
-    """How many pairs of the chunk before each pair have its expert: all compared with all, STEP at a time.
-
-    Example: local [5, 3, 5] gives [0, 0, 1].
-    """
+def _earlier_equal(local, CHUNK: tl.constexpr):
+    """How many pairs of the chunk before each pair have its expert: [5, 3, 5] gives [0, 0, 1]."""
     at = tl.arange(0, CHUNK)
-    rank = tl.zeros((CHUNK,), tl.int32)
-    for step in tl.static_range(0, CHUNK, STEP):
-        _, other, known = _local_ids(ids_ptr, first + step, num_pairs, all_pairs, expert_start, num_experts, STEP)
-        earlier = known[None, :] & ((step + tl.arange(0, STEP))[None, :] < at[:, None])
-        rank += tl.sum(((other[None, :] == local[:, None]) & earlier).to(tl.int32), axis=1)
-    return rank
+    equal = (local[None, :] == local[:, None]) & (at[None, :] < at[:, None])
+    return tl.sum(equal.to(tl.int32), axis=1)
 
 
 @triton.jit
 def _scatter_kernel(
     ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
     num_rows, top_k, expert_start, num_experts, share,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the pairs of one share to where the counts of all shares put them. Grid: one program a share."""
     program = tl.program_id(0).to(tl.int64)
@@ -133,6 +131,9 @@ def _scatter_kernel(
     end_pair = tl.minimum((program + 1) * share, num_pairs)
     bins = tl.arange(0, BINS)
     before, counts = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
+    # inputs only, so ahead of the wait; in the loop, one chunk ahead of its use
+    pair, local = _bins(ids_ptr, program * share, end_pair, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
+    rank = _earlier_equal(local, CHUNK)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -146,17 +147,19 @@ def _scatter_kernel(
     ends = tl.cumsum(padded, 0)
     base = ends - padded + before
     for first in range(program * share, end_pair, CHUNK):
-        pair, local, has = _local_ids(ids_ptr, first, end_pair, pairs_total, expert_start, num_experts, CHUNK)
-        rank = _earlier_equal(ids_ptr, first, local, end_pair, pairs_total, expert_start, num_experts, CHUNK)
-        tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
-        base += tl.histogram(local, BINS, mask=has)
-    total = tl.max(ends)
-    for first in range(program * BLOCKS, total // BLOCK, tl.num_programs(0) * BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        expert = tl.sum((ends[None, :] <= (block * BLOCK)[:, None]).to(tl.int32), axis=1)
-        tl.store(expert_ids_ptr + block, expert, mask=block < total // BLOCK)
+        next_pair, next_local = _bins(
+            ids_ptr, first + CHUNK, end_pair, pairs_total, expert_start, num_experts, CHUNK, BINS - 1
+        )
+        tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=local < BINS - 1)
+        base += tl.histogram(local, BINS)
+        pair, local, rank = next_pair, next_local, _earlier_equal(next_local, CHUNK)
+    # the blocks of expert e: programs take every num_programs-th expert
+    for expert in range(program, num_experts, tl.num_programs(0)):
+        end = tl.sum(tl.where(bins == expert, ends, 0))
+        begin = end - tl.sum(tl.where(bins == expert, padded, 0))
+        _fill(expert_ids_ptr, begin // BLOCK, end // BLOCK, CHUNK, expert, CHUNK)
     if program == 0:
-        tl.store(total_ptr, total)
+        tl.store(total_ptr, tl.max(ends))
 
 
 def _launch_two(
@@ -164,20 +167,19 @@ def _launch_two(
     num_local_experts: int, local_expert_start: int,
 ) -> None:  # fmt: skip
     sorted_ids, expert_ids, total = outputs
-    bins = triton.next_power_of_2(num_local_experts)
-    share = triton.cdiv(triton.cdiv(topk_ids.numel(), min(_TABLE // bins, _SHARES)), _CHUNK) * _CHUNK
+    bins = triton.next_power_of_2(num_local_experts + 1)
+    share = triton.cdiv(triton.cdiv(topk_ids.numel(), _SHARES), _CHUNK) * _CHUNK
     shares = triton.cdiv(topk_ids.numel(), share)
     counts = torch.empty(shares, bins, dtype=torch.int32, device=topk_ids.device)
     sizes = topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts
-    options = {"BLOCK": block_size, "BINS": bins}
+    options = {"BLOCK": block_size, "BINS": bins, "num_warps": 4}
     _count_kernel[(shares,)](
         topk_ids, valid_tokens, counts, sorted_ids, expert_ids, *sizes, sorted_ids.numel(), share,
-        CHUNK=min(triton.next_power_of_2(share), 1024), num_warps=4, **options, **chain_start(True, topk_ids.device),
+        CHUNK=min(triton.next_power_of_2(share), 1024), **options, **chain_start(True, topk_ids.device),
     )  # fmt: skip
     _scatter_kernel[(shares,)](
         topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *sizes, share,
-        CHUNK=_CHUNK, ROWS=max(4096 // bins, 1), BLOCKS=max(4096 // bins, 1), num_warps=8, **options,
-        **chain_link(True, topk_ids.device),
+        CHUNK=_CHUNK, ROWS=max(8192 // bins, 1), **options, **chain_link(True, topk_ids.device),
     )  # fmt: skip
 
 

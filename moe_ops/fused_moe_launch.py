@@ -172,9 +172,7 @@ def sum_pairs(
     """``out (M, H)``: each live row's K ``pairs (M * K, H)`` of local experts times their weights, summed."""
     (rows, width), block = out.shape, 1024 if out.shape[1] >= 1024 else 256
     tiles = triton.cdiv(width, block)
-    resident = 16 if ids.shape[1] <= 4 else 10  # programs an SM that 32 or 48 registers a thread let in at once
-    programs = max(resident * _device_of(out)[1] // tiles, 1)
-    topk_sum_kernel[(min(rows, programs), tiles)](
+    topk_sum_kernel[(min(rows, max(16 * _device_of(out)[1] // tiles, 1)), tiles)](
         pairs, ids, weights, valid_tokens, out, out.stride(0), rows, width, expert_start, experts,
         TOP_K=ids.shape[1], BLOCK_H=block, num_warps=4, **link,
     )  # fmt: skip
