@@ -17,7 +17,7 @@ PATIENCE_S = 1.0
 
 
 def test_short_soak():
-    job = Soak(minutes=0.2, compile=False, seed=int(time.time()) % 1000)
+    job = Soak(minutes=0.15, compile=False, seed=int(time.time()) % 1000)
     seen = run_ranks(run_rank, job, ranks=2, device="cpu", on_event=print)
     for rank in seen:
         assert rank["flat"] and not rank["wrong"], (job, rank)
