@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,24 @@ def test_graphs_without_our_ops_are_left_alone():
     with torch.no_grad():
         torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
     assert not RECENT
+
+
+def test_passes_take_a_small_part_of_a_compilation():
+    def model(x: Tensor, w: dict[str, Tensor], count: Tensor) -> Tensor:
+        for _ in range(6):
+            x = x + (routed(x, w, count) + x @ w["shared"])
+        return x
+
+    module, _ = inference_graph(model, batch(), weights(), COUNT)
+    begin = time.perf_counter()
+    run_passes(module.graph)
+    passes = time.perf_counter() - begin
+    lowering.disable()
+    torch._dynamo.reset()
+    begin = time.perf_counter()
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True)(batch(), weights(), COUNT)
+    assert passes < 0.1 * (time.perf_counter() - begin)  # measured: 0.002
 
 
 def test_unknown_torch_is_a_clear_error(monkeypatch: pytest.MonkeyPatch):
