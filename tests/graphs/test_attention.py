@@ -50,7 +50,9 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize(
-    ("at", "shape"), [(0, (2, 3, 8)), (1, (2, 2, 6, 4)), (2, (2, 2, 5, 4)), (3, (1, 1, 1, 6))], ids=["q", "k", "v", "mask"]
+    ("at", "shape"),
+    [(0, (2, 3, 8)), (1, (2, 2, 6, 4)), (2, (2, 2, 5, 4)), (3, (1, 1, 1, 6))],
+    ids=["q", "k", "v", "mask"],
 )
 def test_wrong_shapes_are_refused(at: int, shape: tuple[int, ...]):
     args = [torch.randn(2, 4, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 4), torch.ones(2, 1, 1, 6).bool(), 0.5]
