@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,11 +16,11 @@ PATIENCE_S = 1.0
 
 
 def test_short_soak():
-    job = Soak(minutes=0.15, compile=False, seed=int(time.time()) % 1000)
+    job = Soak(minutes=0.15, compile=False)
     seen = run_ranks(run_rank, job, ranks=2, device="cpu", on_event=print)
     for rank in seen:
         assert rank["flat"] and not rank["wrong"], (job, rank)
-    assert sum(rank["requests"] for rank in seen) > 10 and len({rank["rounds"] for rank in seen}) == 1
+    assert sum(rank["requests"] for rank in seen) > 3 and len({rank["rounds"] for rank in seen}) == 1
 
 
 def serve_until_killed(rank: int, ranks: int, job: None, emit) -> None:
