@@ -155,7 +155,9 @@ def _check_sizes(sizes: Sizes, transport: str) -> RankResult:
     for seed in range(sizes.rounds):
         case = Case(seed, _counts(ws.world_size, sizes.rows, seed))
         _poison(ws.channel)
-        problem = check_round(ws, case) or check_turns(ws, case)
+        problem = check_round(ws, case)
+        if seed % 2 == 0:  # the zero-copy forms; half of the rounds, so that an emulated run stays under a minute
+            problem = problem or check_turns(ws, case)
         if ws.channel is not None:
             moved, expected = _overwritten(ws.channel), _pushed(ws.channel, case)
             total += moved
