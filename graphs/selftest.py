@@ -157,7 +157,8 @@ def _check_sizes(sizes: Sizes, transport: str) -> RankResult:
         _poison(ws.channel)
         problem = check_round(ws, case)
         if seed % 2 == 0:  # the zero-copy forms; half of the rounds, so that an emulated run stays under a minute
-            problem = problem or check_turns(ws, case)
+            turned = check_turns(ws, case)  # also after a difference, which other ranks may not see
+            problem = problem or turned
         if ws.channel is not None:
             moved, expected = _overwritten(ws.channel), _pushed(ws.channel, case)
             total += moved
