@@ -143,7 +143,15 @@ def _boxes(nodes: list[Node]) -> LayerView:
             continue
         box_of[node] = len(boxes)
         boxes.append(_box(kind, node, needs, boxes))
+    _sink(boxes)
     return LayerView(boxes)
+
+
+def _sink(boxes: list[Box]) -> None:
+    """Put every box right above the first that reads it, so that arrows are short."""
+    for number, box in reversed(list(enumerate(boxes))):
+        readers = [other.depth for other in boxes if number in other.needs]
+        box.depth = min(readers) - 1 if readers else box.depth
 
 
 def _sources(node: Node, known: dict[Node, int | None]) -> Iterator[Node]:
