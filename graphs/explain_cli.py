@@ -52,8 +52,11 @@ def explain(
 
     Compiles the step on every rank and runs it; numbers of graphs, partitions and copies are those of rank 0.
     """
+    from lowering import Options
+
     from . import cli, launch
 
+    Options(frozenset(without or ()), rounding)  # names that do not exist: an error before any rank starts
     device, ranks = cli.choose_device(device, ranks, None)
     dtype = cli.choose_dtype(dtype, device)
     with launch.stdout_kept_clean() as stdout, _folder(model, dtype) as folder:
@@ -73,7 +76,7 @@ def explain_rank(rank: int, world_size: int, job: ExplainJob, emit: Emit) -> Exp
     from .decode import DecodeLoop
     from .loading import from_pretrained
 
-    lowering.enable(without=job.without, rounding=job.rounding)
+    lowering.enable(without=job.without, rounding=job.rounding, inexact=True)  # as the loop runs it
     rows = job.batch * PROMPT
     model = from_pretrained(
         job.folder, dtype=getattr(torch, job.dtype), device=job.device, max_tokens_per_rank=rows,

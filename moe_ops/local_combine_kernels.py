@@ -29,7 +29,8 @@ def _local_combine_kernel(
     values = ()
     for half in tl.static_range(HALVES):
         chunk = octet * HALVES + half
-        words = _own_chunk(source, routing, row, chunk, live & (chunk < row_chunks(source)), TOP_K, ALIGNED_IN)
+        inside_row = chunk < tl.where(live, row_chunks(source), 0)
+        words = _own_chunk(source, routing, row, chunk, inside_row, TOP_K, ALIGNED_IN)
         part = _floats(words, 0, DTYPE)
         for i in tl.static_range(8 // HALVES):
             values = values + (tl.where(live, part[i], 0.0),)  # a dead row's weights may be anything

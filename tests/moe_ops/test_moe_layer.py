@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ops.combine_add import Epilogue, Pairs, apply_epilogue
+from moe_ops.emulator import Rank, run_ranks
 from moe_ops.errors import ArgumentError, ShapeError
+from moe_ops.local_combine import launch_local_combine
+from moe_ops.symmetric import Layout
 
 ops = torch.ops.moe_ep
 M, T, H, K, E, I, S = 6, 4, 32, 2, 4, 16, 24
@@ -79,6 +83,33 @@ def test_without_its_last_product_and_rounded_after_each_step():
     _, each = ops.moe_layer_shared(*call, shared_round_each=True)
     assert torch.equal(once, (F.silu((x @ gate).float()) * (x @ up).float()).bfloat16())
     assert torch.equal(each, F.silu(x @ gate) * (x @ up)) and not torch.equal(once, each)
+
+
+def local_combines(rank: Rank) -> None:
+    """The one-launch combine of a single rank equals the plain steps, rows and pairs, whatever dead rows hold."""
+    _ = rank.channel(Layout(1, 4, 40, 3, torch.bfloat16))  # installs the interpreter's hooks
+    generator = torch.Generator().manual_seed(2)
+    for width, top_k, addends, round_each in ((40, 3, 2, False), (9, 2, 1, True), (8, 0, 0, True), (1032, 0, 2, False)):
+        rows = torch.randn(T * max(top_k, 1), width, generator=generator).bfloat16()
+        more = [torch.randn(T, width, generator=generator).bfloat16() for _ in range(addends)]
+        epilogue, source, want = Epilogue(more, 0.5, round_each), rows, rows.float()
+        if top_k:
+            ids = torch.randint(-1, E, (T, top_k), generator=generator)
+            weights = torch.rand(T, top_k, generator=generator)
+            weights[3] = torch.nan
+            rows[((ids < 1) | (ids > 2)).flatten()] = torch.nan  # not written: experts 1 and 2 are here
+            source, parts = Pairs(rows, ids, weights, 1, 2), rows.float().view(T, top_k, width)
+            here = ((ids >= 1) & (ids <= 2))[..., None]
+            want = torch.zeros(T, width)
+            for slot in range(top_k):
+                want += torch.where(here[:, slot], weights[:, slot, None] * parts[:, slot], 0.0)
+        want = torch.where(torch.arange(T)[:, None] < COUNT, want, 0.0).bfloat16()
+        got = launch_local_combine(source, COUNT, T, epilogue, torch.bfloat16)
+        assert torch.equal(got, apply_epilogue(want, epilogue)), (width, top_k)
+
+
+def test_local_combine():
+    run_ranks(1, local_combines)
 
 
 def test_opcheck():
