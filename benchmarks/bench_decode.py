@@ -31,6 +31,7 @@ from kernel_times import profile
 from torch import Tensor
 
 import graphs
+import lowering
 from graphs.attention import use_decode_attention
 from graphs.hf_slots import adapt_attention
 from graphs.report import CompileMeter
@@ -82,6 +83,7 @@ class Runner:
             self.tokens = set_content(self.step, rank * case.batch if variant == OURS else 0)
         torch._dynamo.reset()
         options = settings.compile_options(ours=variant == OURS)
+        lowering.enable(inexact=True)  # as the decode loop does for its step; transformers' has no op of ours
         self.call: Callable[[], None] = torch.compile(self.step, fullgraph=True, dynamic=False, **options)
 
     def begin(self) -> None:

@@ -35,8 +35,6 @@ from torch import Tensor
 import lowering
 import moe_ops
 
-CHANGE_BITS = ("unroll_topk", "merge_products")  # passes that say so themselves
-
 
 @dataclass
 class Variant:
@@ -111,8 +109,8 @@ def measure(
     x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16, generator=_generator(rank))
     count = torch.tensor([tokens], dtype=torch.int32, device="cuda")
     variants = []
-    for variant, without in (("lowered", ()), ("exact", CHANGE_BITS), ("plain", None)):
-        lowering.disable() if without is None else lowering.enable(without=without, rounding=rounding)
+    for variant, inexact in (("lowered", True), ("exact", False), ("plain", None)):
+        lowering.disable() if inexact is None else lowering.enable(rounding=rounding, inexact=inexact)
         variants.append(capture(variant, lambda: ours(x, layers, count, shape, rank, world, group), len(layers)))
     reference = str(dist.group.WORLD.group_name)  # pyright: ignore[reportOptionalMemberAccess]
     variants.append(capture("today", lambda: today(x, layers, shape, rank, world, reference), len(layers)))

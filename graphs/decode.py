@@ -8,14 +8,14 @@ much to prefill and whether to go on (``meeting``); between looks no rank knows 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import lowering  # noqa: F401  its passes run whenever a step is compiled
+import lowering  # its passes run whenever a step is compiled
 from moe_ops.errors import CapacityError
 
 from .attention import use_decode_attention
@@ -295,9 +295,18 @@ def _prepared(model: Model) -> ExpertParallelState:
 
 
 def _compiled(step: nn.Module | None, compile: bool, backend: str | Callable | None) -> Any:
-    """The step as one graph; on CUDA also one CUDA graph."""
+    """The step as one graph; on CUDA also one CUDA graph. Its first call, which compiles, allows inexact passes."""
     if step is None or not compile:
         return step
-    if backend is not None:
-        return torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
-    return torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    chosen: dict[str, Any] = {"mode": "reduce-overhead"} if backend is None else {"backend": backend}
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, **chosen)
+    warm = False
+
+    def run(*args: Any) -> Any:
+        nonlocal warm
+        with nullcontext() if warm else lowering.allow_inexact():
+            result = compiled(*args)
+        warm = True
+        return result
+
+    return run

@@ -3,13 +3,15 @@
 ``import lowering`` turns the passes on for every later ``torch.compile`` (``enable``). Results do not depend on
 them, only speed does. ``lowering.enable(without=["hoist_metadata"])`` leaves passes out, ``lowering.disable()``
 takes them all away; ``lowering.NAMES`` lists them; ``lowering.explain`` says what they did to a model.
+``lowering.enable(inexact=True)`` adds those of ``lowering.INEXACT``, which may change bits.
 """
 
 from .errors import AgreementError, LoweringError, UnknownPassError, UnsupportedTorchError
 from .explain import Explanation, explain
-from .passes import NAMES, Options, disable, enable, enabled_options
+from .passes import INEXACT, NAMES, Options, allow_inexact, disable, enable, enabled_options
 
 __all__ = [
+    "INEXACT",
     "NAMES",
     "AgreementError",
     "Explanation",
@@ -17,6 +19,7 @@ __all__ = [
     "Options",
     "UnknownPassError",
     "UnsupportedTorchError",
+    "allow_inexact",
     "disable",
     "enable",
     "enabled_options",

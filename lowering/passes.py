@@ -17,12 +17,16 @@ The order matters: ``hoist_metadata`` first, because it makes layers alike and s
 ``fuse_combine`` before ``comm_buffers`` and that before ``join_layer``, because each takes what joined before;
 ``overlap_shared`` behind them, because it needs the layer's one op, and adds that have joined it;
 ``agreement`` last, because it describes what is left. A graph without ops of ``moe_ep`` is left as it is.
+
+The passes of ``INEXACT`` may change bits (another order of a sum, another order of equal scores); they run only where
+``enable(inexact=True)`` allows it, as the decode loop of ``graphs`` does for its own step.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +72,7 @@ PASSES: tuple[Pass, ...] = (
     ElideBarriers(),
     Agreement(),
 )
+INEXACT = ("unroll_topk", "merge_products")
 ROUNDINGS = ("compiled", "eager")
 NAMES = tuple(p.name for p in PASSES)
 
@@ -78,6 +83,7 @@ class Options:
 
     without: frozenset[str] = frozenset()
     rounding: str = "compiled"
+    inexact: bool = False
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
@@ -86,6 +92,9 @@ class Options:
             raise UnknownPassError(
                 f"lowering: no pass is named {', '.join(unknown)}; the names are {', '.join(NAMES)}."
             )
+
+    def runs(self, name: str) -> bool:
+        return name not in self.without and (self.inexact or name not in INEXACT)
 
 
 class Lowering(torch_compat.graph_pass_base()):
@@ -110,6 +119,7 @@ class Lowering(torch_compat.graph_pass_base()):
             torch_compat.hash_of_sources(Path(__file__).parent),
             sorted(self.options.without),
             self.options.rounding,
+            self.options.inexact,
             sorted(transports_in_use().items()),
             user,
         )
@@ -121,20 +131,22 @@ def run_passes(graph: Graph, options: Options = Options()) -> GraphReport:
     layer = view_layer(graph) if viewed else None
     outcomes = []
     for one in PASSES:
-        enabled = one.name not in options.without
+        enabled = options.runs(one.name)
         outcomes.append(one.run(graph, options.rounding) if enabled else Outcome(one.name, enabled=False))
     graph.lint()
     groups = list(dict.fromkeys(op.arguments["group_name"] for op in effect_ops(graph)))
     return GraphReport(before, _count_ops(graph), groups, outcomes, layer, view_layer(graph) if viewed else None)
 
 
-def enable(without: Iterable[str] | None = None, rounding: str | None = None) -> None:
+def enable(
+    without: Iterable[str] | None = None, rounding: str | None = None, inexact: bool | None = None
+) -> None:
     """Make ``torch.compile`` run the passes; safe to call again.
 
     ``without``: names of passes to leave out (``lowering.NAMES``). ``rounding``: ``"compiled"`` gives the bits of the
     code that torch generates without the passes, ``"eager"`` those of the ops run one by one, and joins more
-    (``fuse_combine``). None keeps what was chosen before. Passes that the
-    user installed in Inductor's ``post_grad_custom_pre_pass`` run first, whether they came before this call or (call
+    (``fuse_combine``). ``inexact``: run the passes of ``INEXACT`` too. None keeps what was chosen before. Passes that
+    the user installed in Inductor's ``post_grad_custom_pre_pass`` run first, whether they came before this call or (call
     it again then) after. Functions that are compiled already keep their code until ``torch._dynamo.reset()``.
     Raises ``UnknownPassError``, and ``UnsupportedTorchError`` where torch's internals are not known here.
     """
@@ -147,6 +159,8 @@ def enable(without: Iterable[str] | None = None, rounding: str | None = None) ->
         options = replace(options, without=frozenset(without))
     if rounding is not None:
         options = replace(options, rounding=rounding)
+    if inexact is not None:
+        options = replace(options, inexact=inexact)
     user = [user_pass for p in present for user_pass in (p.user_passes if isinstance(p, Lowering) else (p,))]
     if len(present) == 1 and ours is not None and options == ours.options:
         return
@@ -165,6 +179,20 @@ def enabled_options() -> Options | None:
     """The options in force, or None if the passes are not installed."""
     present = torch_compat.as_passes(torch_compat.installed_pass())
     return next((p.options for p in present if isinstance(p, Lowering)), None)
+
+
+@contextmanager
+def allow_inexact() -> Iterator[None]:
+    """What is compiled in here may use the passes of ``INEXACT``; does nothing where no pass is installed."""
+    before = enabled_options()
+    if before is None:
+        yield
+        return
+    enable(inexact=True)
+    try:
+        yield
+    finally:
+        enable(inexact=before.inexact)
 
 
 def _count_ops(graph: Graph) -> dict[str, int]:

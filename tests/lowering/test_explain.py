@@ -29,6 +29,7 @@ lowering: on
 graphs: 1, graph breaks: 0, partitions: 0, cudagraph skips: 0
 ops: 1 agree, 2 metadata_update, 3 moe_layer
 graph 0:
+  a layer, by its graph: launches 11 -> 10, meetings 3 -> 3, copies 2 -> 0
   hoist_metadata: 1 done, 1 refused
     + with_effects_3: reads with_effects instead
     - with_effects_6: counts another tensor or group than with_effects
@@ -45,9 +46,9 @@ graph 0:
     + with_effects_13: with_effects_4 and with_effects_10; the gathered batch, 512 bytes, stays inside
     + with_effects_14: with_effects_7 and with_effects_11; the gathered batch, 512 bytes, stays inside
   overlap_shared: 0 done, 0 refused
-  unroll_topk: 0 done, 0 refused
+  unroll_topk: switched off
   keep_rotations: 0 done, 0 refused
-  merge_products: 0 done, 0 refused
+  merge_products: switched off
   elide_barriers: 5 done, 5 refused
     + with_effects: no reuse wait; the group's last op before this graph met all ranks
     + with_effects_12: entry wait dropped; the layer batch was last read by an earlier graph's layer, whose experts ended before with_effects met all ranks

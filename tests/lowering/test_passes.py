@@ -81,11 +81,27 @@ def test_every_pass_can_be_left_out_by_name():
     for name in lowering.NAMES:
         module, inputs = inference_graph(two_layers, batch(), weights(), COUNT)
         before = module(*inputs)[0]
-        report = run_passes(module.graph, Options(without=frozenset([name])))
+        report = run_passes(module.graph, Options(without=frozenset([name]), inexact=True))
         module.recompile()
         assert not report.outcome(name).enabled and not report.outcome(name).done
         assert all(outcome.enabled for outcome in report.outcomes if outcome.name != name)
         assert torch.equal(before, module(*inputs)[0])
+
+
+def test_passes_that_change_bits_run_only_where_that_is_allowed():
+    def running() -> set[str]:
+        run()
+        return {outcome.name for outcome in RECENT[-1].outcomes if outcome.enabled}
+
+    exact = set(lowering.NAMES) - set(lowering.INEXACT)
+    assert running() == exact
+    with lowering.allow_inexact():
+        assert running() == set(lowering.NAMES)
+        assert Lowering(Options(inexact=True)).uuid() != Lowering(Options()).uuid()
+    assert running() == exact
+    lowering.disable()
+    with lowering.allow_inexact():
+        assert lowering.enabled_options() is None
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_names():
