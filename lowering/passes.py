@@ -146,8 +146,8 @@ def enable(
     ``without``: names of passes to leave out (``lowering.NAMES``). ``rounding``: ``"compiled"`` gives the bits of the
     code that torch generates without the passes, ``"eager"`` those of the ops run one by one, and joins more
     (``fuse_combine``). ``inexact``: run the passes of ``INEXACT`` too. None keeps what was chosen before. Passes that
-    the user installed in Inductor's ``post_grad_custom_pre_pass`` run first, whether they came before this call or (call
-    it again then) after. Functions that are compiled already keep their code until ``torch._dynamo.reset()``.
+    the user installed in Inductor's ``post_grad_custom_pre_pass`` run first, whether they came before this call or
+    (call it again then) after. Functions that are compiled already keep their code until ``torch._dynamo.reset()``.
     Raises ``UnknownPassError``, and ``UnsupportedTorchError`` where torch's internals are not known here.
     """
     torch_compat.check_torch_version()
