@@ -32,12 +32,12 @@ for n in 0 1; do
 done
 for n in 0 1; do
     export NODE_RANK=$n GLOO_SOCKET_IFNAME=cable$n
-    ip netns exec node$n unshare --uts sh -c 'hostname "node$NODE_RANK"; exec "$@"' sh "$@" \
-        > "$OUT/node$n.out" 2> "$OUT/node$n.err" &
+    { ip netns exec node$n unshare --uts sh -c 'hostname "node$NODE_RANK"; exec "$@"' sh "$@" \
+        > "$OUT/node$n.out" 2> "$OUT/node$n.err" && : > "$OUT/done$n" || : > "$OUT/failed"; } &
 done
-status=0
-for n in 0 1; do wait -n || { status=1; break; }; done
-exit $status
+# "wait -n" may miss a job that has already ended
+until [ -e "$OUT/failed" ] || [ -e "$OUT/done0" -a -e "$OUT/done1" ]; do sleep 0.05; done
+test ! -e "$OUT/failed"
 """
 
 
