@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIRST = "10.77.0.1"  # node 0's address; node 1 has the next one
 PORT = "29511"
 
-# Runs "$@" on both nodes with NODE_RANK set, output to $OUT/node<n>.{out,err}; exit status 1 if it failed on either.
+# Runs "$@" on both nodes with NODE_RANK set, output to $FOLDER/node<n>.{out,err}; exit status 1 if it failed on either.
 SCRIPT = """
 set -eu
 mount -t tmpfs tmpfs /run; mkdir /run/netns
@@ -33,11 +33,11 @@ done
 for n in 0 1; do
     export NODE_RANK=$n GLOO_SOCKET_IFNAME=cable$n
     { ip netns exec node$n unshare --uts sh -c 'hostname "node$NODE_RANK"; exec "$@"' sh "$@" \
-        > "$OUT/node$n.out" 2> "$OUT/node$n.err" && : > "$OUT/done$n" || : > "$OUT/failed"; } &
+        > "$FOLDER/node$n.out" 2> "$FOLDER/node$n.err" && : > "$FOLDER/done$n" || : > "$FOLDER/failed"; } &
 done
 # "wait -n" may miss a job that has already ended
-until [ -e "$OUT/failed" ] || [ -e "$OUT/done0" -a -e "$OUT/done1" ]; do sleep 0.05; done
-test ! -e "$OUT/failed"
+until [ -e "$FOLDER/failed" ] || [ -e "$FOLDER/done0" -a -e "$FOLDER/done1" ]; do sleep 0.05; done
+test ! -e "$FOLDER/failed"
 """
 
 
@@ -51,7 +51,7 @@ class NodeOutput(NamedTuple):
 def run_on_both(command: list[str], timeout_s: float) -> tuple[int, list[NodeOutput]]:
     """Run ``command`` on both nodes at once; exit status and what each printed. If one fails, the other is ended."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"OUT": folder, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        settings = {"FOLDER": folder, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         # --kill-child with a process namespace: when the script ends, everything in it does
         nodes = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         if os.getuid() != 0:
