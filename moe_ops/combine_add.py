@@ -1,14 +1,16 @@
-"""``rsv_combine_add``: a combine that also scales its rows and adds tensors to them (shared experts, residual).
+"""``rsv_combine_add``: a combine that also scales its rows, adds tensors to them, and normalises what comes out.
 
-The compiler puts it in place of ``rsv_combine`` and the pointwise ops behind it (``lowering/fuse_combine.py``).
-Its meaning is theirs: round the sum to the output's dtype, multiply, add one addend after the other, in fp32; with
-``round_each`` every step is rounded, as if each op ran alone, else only the last, as in one pointwise kernel.
+The compiler puts it in place of ``rsv_combine`` and the ops behind it (``lowering/fuse_combine.py``: shared experts,
+residual; ``lowering/fuse_norm.py``: the next block's RMSNorm). Its meaning is theirs: round the sum to the output's
+dtype, multiply, add one addend after the other, in fp32; with ``round_each`` every step is rounded, as if each op ran
+alone, else only the last, as in one pointwise kernel. With ``norm_weight`` the result is ``(2, num_rows, H)``: those
+rows, and their RMSNorm (``Norm``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,31 @@ from .workspace import Workspace, resolve
 
 _OP = "rsv_combine_add"
 MAX_ADDENDS = 4
+MAX_NORM_WIDTH = 8192  # H: a program holds a whole row to normalise it
+NORM = "Tensor? norm_weight=None, float norm_eps=0.0, float norm_shift=0.0, bool norm_round_first=True"
+
+
+class Norm(NamedTuple):
+    """RMSNorm of the rows as they are stored, computed in fp32: ``x * rsqrt(mean(x * x) + eps) * (weight + shift)``.
+
+    ``weight (H,)`` in the output's dtype; ``round_first``: round before the weight is applied, too (Llama's way).
+    """
+
+    weight: Tensor
+    eps: float
+    shift: float
+    round_first: bool
+
+    @classmethod
+    def of(
+        cls,
+        norm_weight: Tensor | None = None,
+        norm_eps: float = 0.0,
+        norm_shift: float = 0.0,
+        norm_round_first: bool = True,
+    ) -> Norm | None:
+        """From the arguments of an op, of which calls leave out what has its default."""
+        return None if norm_weight is None else cls(norm_weight, norm_eps, norm_shift, norm_round_first)
 
 
 class Epilogue(NamedTuple):
@@ -33,6 +60,13 @@ class Epilogue(NamedTuple):
     addends: Sequence[Tensor]
     scale: float
     round_each: bool
+    norm: Norm | None = None
+
+    def new_output(self, like: Tensor, num_rows: int, out_dtype: torch.dtype | None) -> Tensor:
+        """``(num_rows, H)``, or ``(2, num_rows, H)`` with a norm; H and device of ``like``."""
+        if self.norm is None:
+            return _empty_output(like, num_rows, out_dtype)
+        return like.new_empty(2, num_rows, like.shape[1], dtype=out_dtype or torch.bfloat16)
 
 
 class Pairs(NamedTuple):
@@ -57,10 +91,25 @@ def check_epilogue(op: str, epilogue: Epilogue, like: Tensor, num_rows: int, out
             raise ShapeError(
                 f"{op}: {name} has shape {tuple(addend.shape)}; pass (num_rows, H) = {(num_rows, like.shape[1])}."
             )
+    if epilogue.norm is not None:
+        _check_norm(op, epilogue.norm.weight, like, out_dtype)
+
+
+def _check_norm(op: str, weight: Tensor, like: Tensor, out_dtype: torch.dtype) -> None:
+    width = like.shape[1]
+    check_dtype(op, "norm_weight", weight, (out_dtype,))
+    check_same_device(op, expert_output=like, norm_weight=weight)
+    if weight.shape != (width,):
+        raise ShapeError(f"{op}: norm_weight has shape {tuple(weight.shape)}; pass (H,) = {(width,)}.")
+    if width > MAX_NORM_WIDTH:
+        raise ArgumentError(f"{op}: norm_weight with H = {width}; at most {MAX_NORM_WIDTH} are normalised here.")
 
 
 def apply_epilogue(rows: Tensor, epilogue: Epilogue) -> Tensor:
-    """The meaning, in plain torch: ``rows (T, H)`` are rounded already; the result has their dtype."""
+    """The meaning, in plain torch: ``rows (T, H)`` are rounded already; the result has their dtype.
+
+    ``(T, H)``, or ``(2, T, H)`` with a norm.
+    """
     dtype = rows.dtype
 
     def step(values: Tensor) -> Tensor:
@@ -69,7 +118,37 @@ def apply_epilogue(rows: Tensor, epilogue: Epilogue) -> Tensor:
     total = step(rows.float() * epilogue.scale)
     for addend in epilogue.addends:
         total = step(total + addend.float())
-    return total.to(dtype)
+    out = total.to(dtype)
+    return out if epilogue.norm is None else torch.stack([out, _normalised(out, epilogue.norm)])
+
+
+def _normalised(rows: Tensor, norm: Norm) -> Tensor:
+    wide = rows.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    if norm.round_first:
+        wide = wide.to(rows.dtype).float()
+    return (wide * (norm.weight.float() + norm.shift)).to(rows.dtype)
+
+
+def whole_rows(width: int) -> tuple[int, int]:
+    """``(octets, warps)`` of a program that holds a row of ``width`` elements: two octets a thread, or fewer."""
+    octets = max(32, 1 << (-(-width // 8) - 1).bit_length())
+    return octets, max(1, octets // 64)
+
+
+def kernel_norm(norm: Norm | None, out: Tensor) -> tuple[tuple, int]:
+    """The norm as kernels take it: ``combine_add_kernels.NormRow``, and the constant NORM."""
+    from .combine_add_kernels import NormRow
+
+    if norm is None:
+        return NormRow(rows_of(out), 0.0, 0.0), 0
+    return NormRow(rows_of(norm.weight.unsqueeze(0)), norm.eps, norm.shift), 1 if norm.round_first else 2
+
+
+def all_aligned(out: Tensor, epilogue: Epilogue) -> bool:
+    """Whether chunks of all that is read and written behind the meeting are chunks of memory."""
+    norm = [epilogue.norm.weight.unsqueeze(0)] if epilogue.norm else []
+    return all(map(is_aligned, (out, *epilogue.addends, *norm)))
 
 
 def launch_combine_add(
@@ -96,34 +175,39 @@ def launch_combine_add(
     assert isinstance(rows, Tensor)
     top_k = pairs.topk_ids.shape[1] if pairs is not None else 0
     max_tokens = rows.shape[0] // top_k if top_k else rows.shape[0]
-    out = _empty_output(rows, num_rows, out_dtype)
+    out = epilogue.new_output(rows, num_rows, out_dtype)
+    flat = out.view(-1, out.shape[-1])
+    norm, kind = kernel_norm(epilogue.norm, flat)
     routing = (
         Routing(*pairs[1:], experts_per_rank) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0, 0)
     )
     launch = choose_launch("rsv_combine", max_tokens, channel)
+    octets, warps = whole_rows(rows.shape[1]) if kind else (launch.chunks, launch.warps)
     _combine_add_kernel[(launch.blocks,)](
         channel.peers(),
         Slots(layout.combine_offset, layout.combine_slot, layout.capacity),
         rows_of(rows),
         routing,
-        rows_of(out),
-        tuple(map(rows_of, epilogue.addends)) or (rows_of(out),),
+        rows_of(flat),
+        tuple(map(rows_of, epilogue.addends)) or (rows_of(flat),),
         epilogue.scale,
+        norm,
         local_tokens,
         metadata,
         min(num_rows, layout.max_tokens_per_rank),
         max_tokens,
         num_rows,
         W=channel.world_size,
-        N=launch.chunks,
+        N=octets,
         TOP_K=top_k,
         ADDENDS=len(epilogue.addends),
         ROUND_EACH=epilogue.round_each,
+        NORM=kind,
         ALIGNED_IN=is_aligned(rows),
-        ALIGNED_OUT=all(map(is_aligned, (out, *epilogue.addends))),
+        ALIGNED_OUT=all_aligned(flat, epilogue),
         MULTICAST=channel.multicast,
         ROUTED=routed_ids(channel, top_k, experts_per_rank),
-        num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
+        num_warps=warps,  # pyright: ignore[reportCallIssue]
     )
     return out
 
@@ -168,11 +252,12 @@ def _fake(
     scale: float = 1.0,
     round_each: bool = True,
     out_dtype: torch.dtype | None = None,
+    **norm: Any,
 ) -> Tensor:
     _check_combine(expert_output, local_tokens, metadata, num_rows, out_dtype)
-    epilogue = Epilogue(addends, scale, round_each)
+    epilogue = Epilogue(addends, scale, round_each, Norm.of(**norm))
     check_epilogue(_OP, epilogue, expert_output, num_rows, out_dtype or torch.bfloat16)
-    return _empty_output(expert_output, num_rows, out_dtype)
+    return epilogue.new_output(expert_output, num_rows, out_dtype)
 
 
 def _run(
@@ -186,8 +271,9 @@ def _run(
     scale: float = 1.0,
     round_each: bool = True,
     out_dtype: torch.dtype | None = None,
+    **norm: Any,
 ) -> Tensor:
-    dtype, epilogue = out_dtype or torch.bfloat16, Epilogue(addends, scale, round_each)
+    dtype, epilogue = out_dtype or torch.bfloat16, Epilogue(addends, scale, round_each, Norm.of(**norm))
     _check_combine(expert_output, local_tokens, metadata, num_rows, dtype)
     check_epilogue(_OP, epilogue, expert_output, num_rows, dtype)
     ws = resolve(group_name, _OP)
@@ -196,7 +282,7 @@ def _run(
 
 rsv_combine_add = register_op(
     "rsv_combine_add(Tensor expert_output, Tensor local_tokens, Tensor metadata, int num_rows, Tensor[] addends, "
-    "str group_name, *, float scale=1.0, bool round_each=True, ScalarType? out_dtype=None) -> Tensor",
+    f"str group_name, *, float scale=1.0, bool round_each=True, ScalarType? out_dtype=None, {NORM}) -> Tensor",
     fake=_fake,
     cpu=_run,
     cuda=_run,

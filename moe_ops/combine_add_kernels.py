@@ -1,7 +1,8 @@
 """Device code of ``rsv_combine_add`` and ``fused_moe_combine``: a combine whose ends are joined to its neighbours.
 
 Before the meeting it may sum the experts' pairs itself (``fused_moe``'s last step, straight into the symmetric
-slot: nothing is copied in). After it, it scales its rows and adds tensors to them (shared experts, residual).
+slot: nothing is copied in). After it, it scales its rows, adds tensors to them (shared experts, residual), and may
+write their RMSNorm beside them.
 """
 
 from typing import NamedTuple
@@ -27,6 +28,14 @@ class Routing(NamedTuple):
     expert_start: int
     num_experts: int
     experts_per_rank: int  # 0: unknown
+
+
+class NormRow(NamedTuple):
+    """The weight of an RMSNorm, as ``chunks.Rows`` of one row, and its numbers."""
+
+    weight: object
+    eps: float
+    shift: float
 
 
 @triton.jit
@@ -124,10 +133,37 @@ def _join(values, loaded, scale, DTYPE: tl.constexpr, ADDENDS: tl.constexpr, ROU
 
 
 @triton.jit
+def _normalised(values, norm, weight, length, DTYPE: tl.constexpr, ROUND_FIRST: tl.constexpr):
+    """RMSNorm of one row, eight values a lane as they were stored, zeros behind its ``length``; the block reduces."""
+    squares = values[0] * values[0]
+    for i in tl.static_range(1, 8):
+        squares += values[i] * values[i]
+    values = _scaled(values, tl.math.rsqrt(tl.sum(squares, axis=0) / length + norm.eps), 8)
+    if ROUND_FIRST:
+        values = _rounded(values, DTYPE)
+    result = ()
+    for i in tl.static_range(8):
+        result = result + (values[i] * (weight[i] + norm.shift),)
+    return result
+
+
+@triton.jit
+def store_rows(out, row, num_rows, octet, values, norm, weight, mask, NORM: tl.constexpr, ALIGNED: tl.constexpr):
+    """Eight fp32 values a lane to ``row``; with NORM (1: rounds before the weight) their RMSNorm num_rows later."""
+    OUT: tl.constexpr = out.data.dtype.element_ty
+    _store_octet(out, row, octet, values, mask, ALIGNED)
+    if NORM:
+        values = _normalised(_rounded(values, OUT), norm, weight[0], out.length, OUT, NORM == 1)
+        _store_octet(out, row + num_rows, octet, values, mask, ALIGNED)
+
+
+@triton.jit
 def _combine_add_kernel(
-    peers, slots, source, routing, out, addends, scale, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, num_rows,
+    peers, slots, source, routing, out, addends, scale, norm, local_tokens_ptr, metadata_ptr,
+    row_limit, max_tokens, num_rows,
     W: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr,
-    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr, ROUTED: tl.constexpr,
+    NORM: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr,
+    ROUTED: tl.constexpr,
 ):  # fmt: skip
     """``combine_kernels._combine_kernel`` with joined ends. Grid and units are the same: G programs.
 
@@ -135,6 +171,7 @@ def _combine_add_kernel(
     Example: TOP_K 2, weights [0.5, 2], ids [local, remote]: rank's row is 0.5 * pair 0, rounded; one addend [[1, ...]]
     makes a dead row 1 and a live row its sum over ranks, rounded, plus 1.
     ROUTED: not 0, a power of two >= TOP_K: pull only from ranks with an expert for the row; others have zeros there.
+    NORM: not 0: N octets hold a row, and ``out (2 * num_rows, H)`` gets every row and, num_rows later, its RMSNorm.
     """
     DTYPE: tl.constexpr = source.data.dtype.element_ty
     OUT: tl.constexpr = out.data.dtype.element_ty
@@ -164,6 +201,7 @@ def _combine_add_kernel(
     for unit in tl.range(first_unit(offset * segments), (offset + num_rows) * segments, tl.num_programs(0)):
         row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         loaded = _load_addends(addends, row - offset, octet, octet < octets, ADDENDS, ALIGNED_OUT)
+        weight = _load_addends((norm.weight,), row * 0, octet, octet < octets, 1 if NORM else 0, ALIGNED_OUT)
         values, ranks = (), -1
         if ROUTED:
             ranks = ranks_of(routing_rows(routing, TOP_K), row, live_end, routing.experts_per_rank, ROUTED)
@@ -173,5 +211,5 @@ def _combine_add_kernel(
             at = _addresses(bases, at, at, -1, COUNT)
             values = values + _sum_over_ranks(at, inside, ranks, COUNT, DTYPE, MULTICAST)
         values = _join(values, loaded, scale, OUT, ADDENDS, ROUND_EACH)
-        _store_octet(out, row - offset, octet, values, octet < octets, ALIGNED_OUT)
+        store_rows(out, row - offset, num_rows, octet, values, norm, weight, octet < octets, NORM, ALIGNED_OUT)
     leave(peers, call)

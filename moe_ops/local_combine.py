@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .combine import _empty_output
-from .combine_add import Epilogue, Pairs
+from .combine_add import Epilogue, Pairs, all_aligned, kernel_norm, whole_rows
 from .comm_launch import is_aligned, rows_of
 
 _OCTETS = 128  # of a row in one program: 1024 elements, an access of 16 bytes a thread
@@ -17,6 +16,8 @@ def launch_local_combine(
 ) -> Tensor:
     """``(num_rows, H)``: the live rows of ``source``, rounded, scaled, plus the addends; dead rows count as zeros.
 
+    With a norm ``(2, num_rows, H)``, as ``rsv_combine_add``.
+
     ``source``: expert output (M, H) with M >= num_rows, or its pairs (M * K, H).
     """
     from .combine_add_kernels import Routing
@@ -25,24 +26,29 @@ def launch_local_combine(
     pairs = source if isinstance(source, Pairs) else None
     rows = pairs.rows if pairs is not None else source
     assert isinstance(rows, Tensor)
-    out = _empty_output(rows, num_rows, out_dtype)
+    out = epilogue.new_output(rows, num_rows, out_dtype)
     if out.numel() == 0:
         return out
     routing = Routing(*pairs[1:], 0) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0, 0)
-    blocks = -(-rows.shape[1] // (8 * _OCTETS))
-    _local_combine_kernel[(num_rows, blocks)](
+    flat = out.view(-1, out.shape[-1])
+    norm, kind = kernel_norm(epilogue.norm, flat)
+    octets, warps = whole_rows(rows.shape[1]) if kind else (_OCTETS, 4)
+    _local_combine_kernel[(num_rows, -(-rows.shape[1] // (8 * octets)))](
         rows_of(rows),
         routing,
-        rows_of(out),
-        tuple(map(rows_of, epilogue.addends)) or (rows_of(out),),
+        rows_of(flat),
+        tuple(map(rows_of, epilogue.addends)) or (rows_of(flat),),
         epilogue.scale,
+        norm,
         local_tokens,
-        N=_OCTETS,
+        num_rows,
+        N=octets,
         TOP_K=pairs.topk_ids.shape[1] if pairs is not None else 0,
         ADDENDS=len(epilogue.addends),
         ROUND_EACH=epilogue.round_each,
+        NORM=kind,
         ALIGNED_IN=is_aligned(rows),
-        ALIGNED_OUT=all(map(is_aligned, (out, *epilogue.addends))),
-        num_warps=4,  # pyright: ignore[reportCallIssue]
+        ALIGNED_OUT=all_aligned(flat, epilogue),
+        num_warps=warps,  # pyright: ignore[reportCallIssue]
     )
     return out

@@ -4,17 +4,17 @@ import triton
 import triton.language as tl
 
 from .chunks import row_chunks
-from .combine_add_kernels import _join, _load_addends, _own_chunk
-from .combine_kernels import _floats, _store_octet
+from .combine_add_kernels import _join, _load_addends, _own_chunk, store_rows
+from .combine_kernels import _floats
 
 
 @triton.jit
 def _local_combine_kernel(
-    source, routing, out, addends, scale, local_tokens_ptr,
-    N: tl.constexpr, TOP_K: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr,
+    source, routing, out, addends, scale, norm, local_tokens_ptr, num_rows,
+    N: tl.constexpr, TOP_K: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr, NORM: tl.constexpr,
     ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr,
 ):  # fmt: skip
-    """``combine_add_kernels._combine_add_kernel`` for W = 1. Grid: rows of ``out`` x blocks of N octets.
+    """``combine_add_kernels._combine_add_kernel`` for W = 1. Grid: rows x blocks of N octets, one with NORM.
 
     Example: TOP_K 0, source [[1, ...], [5, ...]], one live row, one addend of ones: out [[2, ...], [1, ...]].
     """
@@ -26,6 +26,7 @@ def _local_combine_kernel(
     live = row < tl.load(local_tokens_ptr)
     inside = octet < (source.length + 7) // 8
     loaded = _load_addends(addends, row, octet, inside, ADDENDS, ALIGNED_OUT)
+    weight = _load_addends((norm.weight,), row * 0, octet, inside, 1 if NORM else 0, ALIGNED_OUT)
     values = ()
     for half in tl.static_range(HALVES):
         chunk = octet * HALVES + half
@@ -35,4 +36,4 @@ def _local_combine_kernel(
         for i in tl.static_range(8 // HALVES):
             values = values + (tl.where(live, part[i], 0.0),)  # a dead row's weights may be anything
     values = _join(values, loaded, scale, OUT, ADDENDS, ROUND_EACH)
-    _store_octet(out, row, octet, values, inside, ALIGNED_OUT)
+    store_rows(out, row, num_rows, octet, values, norm, weight, inside, NORM, ALIGNED_OUT)

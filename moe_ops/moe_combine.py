@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .combine import _empty_output
-from .combine_add import Epilogue, Pairs, check_epilogue, combine_and_add, launch_combine_add
+from .combine_add import NORM, Epilogue, Norm, Pairs, check_epilogue, combine_and_add, launch_combine_add
 from .errors import DtypeError
 from .fused_moe import fused_moe, launch_fused_moe_pairs
 from .local_combine import launch_local_combine
@@ -34,22 +33,28 @@ EXPERTS = (
 def _fake(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, num_rows: int, addends: Sequence[Tensor], group_name: str, *,
-    scale: float = 1.0, round_each: bool = True, combine_dtype: torch.dtype | None = None, **experts: Any,
+    scale: float = 1.0, round_each: bool = True, combine_dtype: torch.dtype | None = None,
+    norm_weight: Tensor | None = None, norm_eps: float = 0.0, norm_shift: float = 0.0, norm_round_first: bool = True,
+    **experts: Any,
 ) -> Tensor:  # fmt: skip
     y = fused_moe(hidden, topk_ids, topk_weights, gate_up, down, metadata[0:1], local_expert_start, **experts)
     dtype = combine_dtype or torch.bfloat16
-    check_epilogue(_OP, Epilogue(addends, scale, round_each), y, num_rows, dtype)
-    return _empty_output(y, num_rows, dtype)
+    norm = Norm.of(norm_weight, norm_eps, norm_shift, norm_round_first)
+    epilogue = Epilogue(addends, scale, round_each, norm)
+    check_epilogue(_OP, epilogue, y, num_rows, dtype)
+    return epilogue.new_output(y, num_rows, dtype)
 
 
 def _run(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, num_rows: int, addends: Sequence[Tensor], group_name: str, *,
     scale: float = 1.0, round_each: bool = True, combine_dtype: torch.dtype | None = None,
-    before_combine: Callable[[], object] | None = None, **experts: Any,
+    norm_weight: Tensor | None = None, norm_eps: float = 0.0, norm_shift: float = 0.0, norm_round_first: bool = True,
+    before_combine: Callable[[], object] | None = None, experts_per_rank: int = 0, **experts: Any,
 ) -> Tensor:  # fmt: skip
-    """``before_combine`` is called when the addends must be there."""
-    dtype, epilogue = combine_dtype or torch.bfloat16, Epilogue(addends, scale, round_each)
+    """``before_combine`` is called when the addends must be there; ``experts_per_rank``: see ``launch_combine_add``."""
+    norm = Norm.of(norm_weight, norm_eps, norm_shift, norm_round_first)
+    dtype, epilogue = combine_dtype or torch.bfloat16, Epilogue(addends, scale, round_each, norm)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise DtypeError(f"{_OP}: combine_dtype = {combine_dtype}; pass bfloat16, float16 or float32.")
     check_epilogue(_OP, epilogue, hidden, num_rows, dtype)
@@ -70,13 +75,15 @@ def _run(
         return combine_and_add(_OP, ws, experts_output, local_tokens, metadata, num_rows, epilogue, dtype)
     if ws.channel is None:
         return launch_local_combine(experts_output, local_tokens, num_rows, epilogue, dtype)
-    return launch_combine_add(ws.channel, experts_output, local_tokens, metadata, num_rows, epilogue, dtype)
+    return launch_combine_add(
+        ws.channel, experts_output, local_tokens, metadata, num_rows, epilogue, dtype, experts_per_rank
+    )
 
 
 fused_moe_combine = register_op(
     "fused_moe_combine(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor gate_up, Tensor down, "
     "Tensor local_tokens, Tensor metadata, int local_expert_start, int num_rows, Tensor[] addends, str group_name, *, "
-    f"float scale=1.0, bool round_each=True, ScalarType? combine_dtype=None, {EXPERTS}) -> Tensor",
+    f"float scale=1.0, bool round_each=True, ScalarType? combine_dtype=None, {NORM}, {EXPERTS}) -> Tensor",
     fake=_fake,
     cpu=_run,
     cuda=_run,

@@ -8,7 +8,8 @@ What becomes possible: the gathered batch is seen by nobody but the experts, so 
 p2p and multicast the experts read it where the peers have put it: in the workspace's layer batch (docs/protocol.md,
 "Buffers of callers"). ``entry_barrier=False`` leaves out the meeting before the peers write there; legal where, since
 the last op that used the layer batch, every rank has met all others, as it does in the combine that ends each of these
-ops. A group of one rank gathers nothing at all.
+ops. ``experts_per_rank``, if not 0, promises that expert ``e`` lies on rank ``e // experts_per_rank``: rows then travel
+only to and from ranks with an expert for them. A group of one rank gathers nothing at all.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from . import dispatch, moe_combine
+from .combine_add import NORM
 from .dispatch_into import dispatch_into
 from .errors import ShapeError
 from .reference import Batch
@@ -32,7 +34,7 @@ _OP, _OP_SHARED = "moe_layer", "moe_layer_shared"
 def _fake(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], group_name: str,
-    entry_barrier: bool = True, **options: Any,
+    entry_barrier: bool = True, experts_per_rank: int = 0, **options: Any,
 ) -> Tensor:  # fmt: skip
     batch = dispatch._fake(hidden, topk_ids, topk_weights, local_tokens, metadata, max_tokens, group_name)
     return moe_combine._fake(
@@ -44,18 +46,20 @@ def _fake(
 def _run(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], group_name: str,
-    entry_barrier: bool = True, **options: Any,
+    entry_barrier: bool = True, experts_per_rank: int = 0, **options: Any,
 ) -> Tensor:  # fmt: skip
-    ws = resolve(group_name, _OP)
-    batch = _gather(ws, Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, max_tokens, entry_barrier)
+    ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank}
+    batch = _gather(
+        resolve(group_name, _OP), Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, max_tokens, **ways
+    )
     return moe_combine._run(
         *batch, gate_up, down, local_tokens, metadata, local_expert_start, hidden.shape[0], addends, group_name,
-        **options,
+        experts_per_rank=experts_per_rank, **options,
     )  # fmt: skip
 
 
 def _gather(
-    ws: Workspace, batch: Batch, local_tokens: Tensor, metadata: Tensor, max_tokens: int, entry_barrier: bool
+    ws: Workspace, batch: Batch, local_tokens: Tensor, metadata: Tensor, max_tokens: int, **ways: Any
 ) -> Batch:
     """The batch for the experts of this op alone: read before the op ends, never returned."""
     if ws.world_size == 1 and batch.hidden.is_cuda and max_tokens == batch.hidden.shape[0]:
@@ -65,7 +69,7 @@ def _gather(
         return Batch(*dispatch._run(*batch, local_tokens, metadata, max_tokens, ws.group_name))
     dispatch._check(*batch, local_tokens, metadata, max_tokens)
     gathered = ws.layer_batch(max_tokens, batch.topk_ids.dtype, batch.topk_weights.dtype)
-    dispatch_into(ws, batch, local_tokens, metadata, gathered, entry_barrier=entry_barrier)
+    dispatch_into(ws, batch, local_tokens, metadata, gathered, **ways)
     return gathered
 
 
@@ -106,17 +110,18 @@ def _run_shared(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], shared_x: Tensor,
     shared_gate_up: Sequence[Tensor], shared_down: Tensor | None, shared_position: int, group_name: str, *,
-    shared_round_each: bool = False, entry_barrier: bool = True, **options: Any,
+    shared_round_each: bool = False, entry_barrier: bool = True, experts_per_rank: int = 0, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shared = _shared_expert(shared_x, shared_gate_up, shared_down, shared_position, shared_round_each, hidden)
     beside = Beside(shared)
     try:
+        ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank}
         ws = resolve(group_name, _OP_SHARED)
-        batch = _gather(ws, Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, max_tokens, entry_barrier)
+        batch = _gather(ws, Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, max_tokens, **ways)
         out = moe_combine._run(
             *batch, gate_up, down, local_tokens, metadata, local_expert_start, hidden.shape[0],
             _insert(addends, shared_position, beside.result), group_name,
-            before_combine=beside.join if shared_position >= 0 else None, **options,
+            experts_per_rank=experts_per_rank, before_combine=beside.join if shared_position >= 0 else None, **options,
         )  # fmt: skip
     finally:
         result = beside.join()
@@ -128,14 +133,14 @@ _LAYER = (
     "Tensor metadata, int local_expert_start, int max_tokens, Tensor[] addends"
 )
 _OPTIONS = (
-    "bool entry_barrier=True, float scale=1.0, bool round_each=True, ScalarType? combine_dtype=None, "
-    f"{moe_combine.EXPERTS}"
+    "bool entry_barrier=True, int experts_per_rank=0, float scale=1.0, bool round_each=True, "
+    f"ScalarType? combine_dtype=None, {NORM}, {moe_combine.EXPERTS}"
 )
 
 moe_layer = register_op(
     f"{_OP}({_LAYER}, str group_name, *, {_OPTIONS}) -> Tensor", fake=_fake, cpu=_run, cuda=_run, ordered=True
 )
-"""``(T, H)``: ``fused_moe_combine`` of what ``agv_dispatch`` gathers, with ``num_rows`` = T."""
+"""``(T, H)``: ``fused_moe_combine`` of what ``agv_dispatch`` gathers, with ``num_rows`` = T; (2, T, H) with a norm."""
 
 moe_layer_shared = register_op(
     f"{_OP_SHARED}({_LAYER}, Tensor shared_x, Tensor[] shared_gate_up, Tensor? shared_down, int shared_position, "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import reference
-from moe_ops.combine_add import Epilogue, Pairs, apply_epilogue, launch_combine_add
+from moe_ops.combine_add import Epilogue, Norm, Pairs, apply_epilogue, launch_combine_add
 from moe_ops.emulator import Rank, run_ranks
 from moe_ops.errors import ArgumentError, DtypeError, ShapeError
 from moe_ops.symmetric import Layout
@@ -33,6 +33,7 @@ class Case:
     out_dtype: torch.dtype = torch.bfloat16
     rows: int = 4
     strided: bool = False
+    norm: tuple[float, float, bool] | None = None  # eps, shift, round_first
 
 
 CASES = [
@@ -45,6 +46,10 @@ CASES = [
     Case((2, 2), top_k=2, hidden_size=9, dtype=torch.float16, out_dtype=torch.float32, addends=2),
     Case((3, 0), top_k=1, dtype=torch.float32, out_dtype=torch.float32, addends=1),
     Case((3, 1), addends=2, out_dtype=torch.float16),
+    Case((2, 3), norm=(1e-6, 0.0, True)),
+    Case((4, 0), top_k=3, addends=2, norm=(1e-5, 0.0, False), hidden_size=264),
+    Case((2, 2), top_k=2, hidden_size=9, dtype=torch.float16, out_dtype=torch.float32, norm=(0.5, 1.0, False)),
+    Case((3, 1), addends=0, hidden_size=600, strided=True, norm=(1e-6, 1.0, True)),
 ]
 
 
@@ -80,6 +85,11 @@ def summed(pairs: Pairs, case: Case) -> Tensor:
     return total.to(case.dtype)
 
 
+def assert_normalised(got: Tensor, want: Tensor) -> None:
+    """Equal up to the order of the sum of squares: two roundings of the dtype, one before and one after the weight."""
+    torch.testing.assert_close(got, want, rtol=max(2 * torch.finfo(want.dtype).eps, 1e-6), atol=0.0)
+
+
 def check_case(rank: Rank, case: Case) -> None:
     """The kernel equals the oracle and ``apply_epilogue``, bit for bit, also where it asks experts' ranks only."""
     world, max_tokens = len(case.counts), len(case.counts) * case.rows + 1
@@ -91,13 +101,20 @@ def check_case(rank: Rank, case: Case) -> None:
         outputs = [random_tensor(peer, max_tokens, case, case.dtype, sum(case.counts)) for peer in range(world)]
         source = outputs[rank.rank]
     addends = [random_tensor(50 + i, case.rows, case, case.out_dtype) for i in range(case.addends)]
-    epilogue = Epilogue(addends, case.scale, case.round_each)
+    norm = None
+    if case.norm:
+        norm = Norm(random_tensor(60, 1, case, case.out_dtype)[0], *case.norm)
+    epilogue = Epilogue(addends, case.scale, case.round_each, norm)
     rows = reference.rsv_combine(outputs, case.counts, [case.rows] * world, case.out_dtype)[rank.rank]
     count = torch.tensor([case.counts[rank.rank]], dtype=torch.int32)
     metadata = reference.metadata(case.counts)[rank.rank]
     for per_rank in (0, 2):  # ``pairs_of`` gives two experts to each rank
         got = launch_combine_add(channel, source, count, metadata, case.rows, epilogue, case.out_dtype, per_rank)
-        assert torch.equal(got, apply_epilogue(rows, epilogue)), (case, got, apply_epilogue(rows, epilogue))
+        want = apply_epilogue(rows, epilogue)
+        if norm is not None:  # a sum in another order
+            assert_normalised(got[1], want[1])
+            got, want = got[0], want[0]
+        assert torch.equal(got, want), (case, got, want)
     rank.meet()
     channel.close()
 
@@ -120,6 +137,26 @@ def test_literal():
     assert out.tolist() == [[16.0, 18.0], [10.0, 10.0]]
 
 
+def test_norm_literal():
+    """Row (3, 4): mean of squares 12.5, of (0, 0) only eps; the weight is 2 and 1, shifted by 1 where asked."""
+    y, weight = torch.tensor([[3.0, 4.0], [torch.nan, torch.nan]]).bfloat16(), torch.tensor([2.0, 1.0]).bfloat16()
+    out = ops.rsv_combine_add(y, COUNT, METADATA, 2, [], "local", norm_weight=weight, norm_eps=3.5)
+    assert out.tolist() == [[[3.0, 4.0], [0.0, 0.0]], [[1.5, 1.0], [0.0, 0.0]]]
+    shifted = ops.rsv_combine_add(y, COUNT, METADATA, 2, [], "local", norm_weight=weight, norm_eps=3.5, norm_shift=1.0)
+    assert shifted[1].tolist() == [[2.25, 2.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("round_first", [True, False])
+def test_norm_is_what_models_write(round_first: bool):
+    y, weight, metadata = torch.randn(64, 33).bfloat16(), torch.randn(33).bfloat16(), METADATA * 64
+    x, normed = ops.rsv_combine_add(
+        y, metadata[:1], metadata, 64, [y], "local", norm_weight=weight, norm_eps=1e-6, norm_round_first=round_first
+    )
+    wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    assert torch.equal(x, y + y)
+    assert torch.equal(normed, weight * wide.to(x.dtype) if round_first else (weight * wide).to(x.dtype))
+
+
 def test_rounding_each_step_is_what_the_ops_alone_do():
     generator = torch.Generator().manual_seed(0)
     y, a, b = (torch.randn(64, 33, generator=generator).bfloat16() for _ in range(3))
@@ -134,7 +171,9 @@ def test_rounding_each_step_is_what_the_ops_alone_do():
 
 def test_opcheck():
     y, addend = torch.randn(4, 8).bfloat16(), torch.randn(2, 8).bfloat16()
-    torch.library.opcheck(ops.rsv_combine_add, (y, COUNT, METADATA, 2, [addend, addend], "local"), {"scale": 2.0})
+    norm = {"norm_weight": y[0], "norm_eps": 1e-6, "norm_round_first": False}
+    for options in ({"scale": 2.0}, norm):
+        torch.library.opcheck(ops.rsv_combine_add, (y, COUNT, METADATA, 2, [addend, addend], "local"), options)
 
 
 @pytest.mark.parametrize(
@@ -148,3 +187,18 @@ def test_opcheck():
 def test_mistakes_are_named(addends: list[Tensor], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         ops.rsv_combine_add(torch.zeros(4, 8).bfloat16(), COUNT, METADATA, 2, addends, "local")
+
+
+@pytest.mark.parametrize(
+    ("width", "weight", "error", "message"),
+    [
+        (8, torch.zeros(9).bfloat16(), ShapeError, r"norm_weight has shape \(9,\); pass \(H,\) = \(8,\)"),
+        (8, torch.zeros(8), DtypeError, "norm_weight is torch.float32; convert it to one of bfloat16"),
+        (8200, torch.zeros(8200).bfloat16(), ArgumentError, "norm_weight with H = 8200; at most 8192"),
+    ],
+)
+def test_mistakes_of_a_norm_are_named(width: int, weight: Tensor, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        ops.rsv_combine_add(
+            torch.zeros(4, width).bfloat16(), COUNT, METADATA, 2, [], "local", norm_weight=weight, norm_eps=1e-6
+        )

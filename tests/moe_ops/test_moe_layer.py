@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ops.combine_add import Epilogue, Pairs, apply_epilogue
+from moe_ops.combine_add import Epilogue, Norm, Pairs, apply_epilogue
 from moe_ops.emulator import Rank, run_ranks
 from moe_ops.errors import ArgumentError, ShapeError
 from moe_ops.local_combine import launch_local_combine
@@ -106,6 +106,10 @@ def local_combines(rank: Rank) -> None:
         want = torch.where(torch.arange(T)[:, None] < COUNT, want, 0.0).bfloat16()
         got = launch_local_combine(source, COUNT, T, epilogue, torch.bfloat16)
         assert torch.equal(got, apply_epilogue(want, epilogue)), (width, top_k)
+        with_norm = epilogue._replace(norm=Norm(rows[0, :width].abs().nan_to_num(1.0), 1e-6, 0.5, round_each))
+        both = launch_local_combine(source, COUNT, T, with_norm, torch.bfloat16)
+        assert torch.equal(both[0], got)
+        torch.testing.assert_close(both[1], apply_epilogue(want, with_norm)[1], rtol=2**-6, atol=0.0)
 
 
 def test_local_combine():
