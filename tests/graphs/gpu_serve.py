@@ -1,11 +1,12 @@
 """1000 steps on GPUs with requests joining and leaving: one CUDA graph, nothing compiled twice, every answer right.
 
-    torchrun --nproc-per-node 2 tests/graphs/gpu_serve.py [--idle | --generate]
+    torchrun --nproc-per-node 2 tests/graphs/gpu_serve.py [--idle | --generate | --sampler]
 
 Five families, tiny, bf16, greedy and sampled requests of random lengths that arrive at random. An answer is right if
 the same request, alone in the loop, gives the same tokens (the loop is batch-invariant). ``--idle``: instead, the
 dimensions of Qwen3-30B-A3B, 12 layers, and how long the GPU idles between the replays of a serving loop.
-``--generate``: the loop's tokens/s against transformers' ``generate`` on that model.
+``--generate``: the loop's tokens/s against transformers' ``generate`` on that model. ``--sampler``: compiled draws from
+a true vocabulary against those of the CPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.distributed as dist
 import graphs
 from graphs.profiling import idle_of_trace, traced
 from graphs.report import CompileMeter
+from graphs.sampling import Choice
 from lowering.torch_compat import compile_counters
 from moe_ops import get_workspace
 from tests.graphs.serve_cases import LONGEST, SERVED, random_request, served_model
@@ -141,6 +143,29 @@ def against_generate(batch: int, prompt: int = 64, new: int = 128) -> str:
     return ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items()) + ", prefill included"
 
 
+def check_sampler(batch: int, vocabulary: int = 151936, rounds: int = 8) -> str:
+    """Compiled draws of a mixed batch against the same draws on the CPU, and each row's against its draw alone."""
+    rng, seen = random.Random(batch), 0
+    compiled = torch.compile(graphs.sample, fullgraph=True, dynamic=False)
+    for number in range(rounds):
+        logits = torch.randn(batch, vocabulary, generator=torch.Generator().manual_seed(number)).mul(2).bfloat16()
+        asked = Choice(
+            torch.randint(1, 4000, (batch,)),
+            torch.tensor([rng.choice((0.0, 0.7, 1.0, 3.0)) for _ in range(batch)]),
+            torch.tensor([rng.choice((0, 1, 20, 1000)) for _ in range(batch)]),
+            torch.tensor([rng.choice((1.0, 0.9, 0.3)) for _ in range(batch)]),
+            torch.tensor([rng.randrange(-(2**63), 2**63) for _ in range(batch)]),
+        )
+        on_gpu, there = logits.cuda(), Choice(*(value.cuda() for value in asked))
+        drawn = compiled(on_gpu, there)
+        eager_rows = [graphs.sample(on_gpu[i : i + 1], Choice(*(v[i : i + 1] for v in there))) for i in range(batch)]
+        assert torch.equal(drawn, torch.cat(eager_rows)), (drawn, eager_rows)
+        seen += int((drawn.cpu() == graphs.sample(logits, asked)).sum())
+    # logarithms and sums differ in the last bit between the two devices, and may once decide a draw
+    assert seen >= batch * rounds - max(1, batch * rounds // 50), (seen, batch * rounds)
+    return f"{batch * rounds} draws of {vocabulary}: equal alone on the GPU, {seen} equal to the CPU's"
+
+
 def main() -> None:
     """All families, or the idle figures; exit status 1 if anything failed."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -152,7 +177,9 @@ def main() -> None:
         if "--idle" in sys.argv:
             jobs = {f"idle {b}": lambda b=b: idle(b, rank, Path(folder)) for b in (1, 16, 64)}
         if "--generate" in sys.argv:
-            jobs = {f"generate {b}": lambda b=b: against_generate(b) for b in (1, 16)}
+            jobs = {f"generate {b}": lambda b=b: against_generate(b) for b in (16, 1)}
+        if "--sampler" in sys.argv:
+            jobs = {f"sampler {b}": lambda b=b: check_sampler(b) for b in (1, 16, 64)}
         for name, job in jobs.items():
             start = time.perf_counter()
             try:

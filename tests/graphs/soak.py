@@ -1,11 +1,12 @@
 """Random requests arriving at random on every rank, for minutes: every answer right, memory flat, no rank hangs.
 
-    python tests/graphs/soak.py --minutes 10                                              2 ranks, CPU, gloo
-    torchrun --nproc-per-node 2 tests/graphs/soak.py --minutes 10                         2 GPUs, p2p
+    python -m tests.graphs.soak --minutes 10                                              2 ranks, CPU, gloo
+    torchrun --nproc-per-node 2 -m tests.graphs.soak --minutes 10                         2 GPUs, p2p
 
 In rounds: requests come and go on all ranks, more on some than on others; then each of the answers is asked for
 again, alone on its rank, and must be the same tokens. Memory is read after each round, once the second has shown
-what the loop needs. Prints one JSON object; exit status 1 if anything is wrong.
+what the loop needs. Each rank prints a line every now and then, rank 0 one JSON object at the end; exit status 1 if
+anything is wrong.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tests.graphs.serve_cases import LONGEST, arrivals, served_model
 SETTLED = 2  # rounds after which memory must not grow
 SLACK_BYTES = 24 << 20  # an allocator's mood
 MOST_REQUESTS = 12  # of one rank in one round
+SAY_EVERY_S = 20.0
 
 
 class Soak(NamedTuple):
@@ -56,8 +58,8 @@ def run_rank(rank: int, ranks: int, job: Soak, emit: Emit | None = None) -> dict
     )  # fmt: skip
     rng = random.Random(1000 * job.seed + rank)
     counts, memory, wrong = {"rounds": 0, "requests": 0, "tokens": 0}, [], []
-    deadline, compiled = time.monotonic() + 60 * job.minutes, 0
-    while agreed(time.monotonic() < deadline):
+    began, compiled, said = time.monotonic(), 0, 0.0
+    while agreed(time.monotonic() < began + 60 * job.minutes):
         answers = list(loop.serve(arrivals(rng, rng.randrange(MOST_REQUESTS + 1))))
         wrong += list(differing(loop, answers))
         counts["rounds"] += 1
@@ -65,6 +67,10 @@ def run_rank(rank: int, ranks: int, job: Soak, emit: Emit | None = None) -> dict
         counts["tokens"] += sum(len(answer.tokens) for answer in answers)
         memory.append(bytes_used())
         compiled = compiled or compile_counts().graphs
+        if (passed := time.monotonic() - began) >= said + SAY_EVERY_S:
+            said = passed
+            resident = f"{memory[-1] / 2**20:.1f} MiB"
+            print(f"{passed:.0f} s, rank {rank}: {counts}, {len(wrong)} wrong, {resident}", flush=True)
     settled = memory[SETTLED:]
     grown = max(settled[-1] - settled[0], 0) if settled else 0
     seen = {"rank": rank, **counts, "wrong": wrong[:3], "recompiles": compile_counts().graphs - compiled}
