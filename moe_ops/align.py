@@ -65,9 +65,16 @@ def launch_align(
     topk_ids: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int, local_expert_start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Triton implementation: one launch, two above 4096 pairs."""
+    _check(topk_ids, valid_tokens, block_size, num_local_experts, local_expert_start)
+    return align_blocks(topk_ids, valid_tokens, block_size, num_local_experts, local_expert_start)
+
+
+def align_blocks(
+    topk_ids: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int, local_expert_start: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``launch_align`` of checked arguments, for any block size."""
     from .align_kernels import launch
 
-    _check(topk_ids, valid_tokens, block_size, num_local_experts, local_expert_start)
     outputs = _empty_outputs(topk_ids, block_size, num_local_experts)
     launch(topk_ids.contiguous(), valid_tokens, outputs, block_size, num_local_experts, local_expert_start)
     return outputs
