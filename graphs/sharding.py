@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe_ops import get_workspace, init_workspace
+from moe_ops import get_workspace, init_workspace, place_experts
 from moe_ops.workspace import DEFAULT_TIMEOUT_S
 
 from . import experts, hf_compat
@@ -104,7 +104,7 @@ def attach(
     model.set_experts_implementation(experts.NAME)
     if world_size > 1:
         check_dense_parts_agree(model, group)
-        init_workspace(
+        workspace = init_workspace(
             group,
             max_tokens_per_rank=max_tokens_per_rank,
             hidden_size=hidden_size(next(iter(modules.values()))),
@@ -113,6 +113,9 @@ def attach(
             transport=transport,
             timeout_s=timeout_s,
         )
+        for number in dict.fromkeys(module.num_experts for module in modules.values()):
+            mine = expert_range(number, world_size, rank)
+            place_experts(workspace, mine.start, len(mine))
     return model
 
 

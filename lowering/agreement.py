@@ -84,9 +84,12 @@ def fingerprint(ops: Sequence[EffectOp], group: str) -> str:
 
 
 # What must be equal on all ranks. Experts, capacity T and what a rank does with its own rows may differ; a shared
-# expert beside a layer is its own business too.
+# expert beside a layer is its own business too. ``experts_per_rank`` is what all say of all: it decides who sends what.
 SAME_ON_THE_WIRE = {"moe_layer_shared": "moe_layer"}
-SHARED = ("hidden", "topk_ids", "topk_weights", "expert_output", "max_tokens", "entry_barrier")
+SHARED = (
+    "hidden", "topk_ids", "topk_weights", "expert_output", "norm_weight", "max_tokens", "entry_barrier",
+    "experts_per_rank",
+)  # fmt: skip
 
 
 def _describe(op: EffectOp) -> str:
@@ -95,15 +98,15 @@ def _describe(op: EffectOp) -> str:
     for name in SHARED:
         value = op.arguments.get(name)
         if isinstance(value, Node):
-            parts.append(f"{name}={_describe_tensor(op_name, value.meta['val'])}")
+            parts.append(f"{name}={_describe_tensor(op_name, name, value.meta['val'])}")
         elif value is not None:
             parts.append(f"{name}={value}")
     return f"{op_name}({', '.join(parts)})"
 
 
-def _describe_tensor(op: str, tensor: Tensor) -> str:
+def _describe_tensor(op: str, name: str, tensor: Tensor) -> str:
     sizes = [str(size) for size in tensor.shape]
-    if op in ("agv_dispatch", "moe_layer"):
+    if op in ("agv_dispatch", "moe_layer") and name != "norm_weight":
         sizes[0] = "T"  # of this rank
     return f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(sizes)}]"
 

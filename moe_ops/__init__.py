@@ -21,7 +21,7 @@ from . import (
     thin_linear,
     topk_sum,
 )
-from .group_setup import init_workspace
+from .group_setup import init_workspace, place_experts
 from .workspace import BufferInfo, Workspace, get_workspace
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "metadata",
     "moe_combine",
     "moe_layer",
+    "place_experts",
     "thin_linear",
     "topk_sum",
 ]

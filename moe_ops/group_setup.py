@@ -53,6 +53,23 @@ def init_workspace(
     return workspace
 
 
+def place_experts(workspace: Workspace, first: int, count: int) -> int:
+    """Tell the group that this rank holds experts ``first`` to ``first + count - 1`` of its layers; collective.
+
+    Compiled layers with these experts then send rows only to ranks that have an expert for them, if all ranks hold the
+    same number and it pays (``lowering/route_rows.py``). Returns that number, or 0 if they do not, or for one rank.
+    Models whose layers differ tell each split once, in the same order on every rank. Safe to repeat.
+    Raises ``ArgumentError``, ``PeerTimeoutError``.
+    """
+    if first < 0 or count < 1:
+        raise ArgumentError(f"place_experts: first = {first}, count = {count}; pass at least 0 and 1.")
+    if workspace.group is None or workspace.world_size == 1:
+        return 0
+    told = agree(workspace.group, "experts", workspace.config.timeout_s, [first, count])
+    workspace.placements.add(tuple((theirs[0], theirs[1]) for theirs in told))
+    return workspace.placements.experts_per_rank(workspace.rank, first, count)
+
+
 def _as_group(group: dist.ProcessGroup | str | None) -> dist.ProcessGroup:
     if not dist.is_initialized():
         raise WorkspaceError(

@@ -18,13 +18,8 @@ import torch.distributed as dist
 from . import transports
 from .buffers import SymmetricTensors
 from .census import Census
-from .errors import (
-    CapacityError,
-    DeviceError,
-    ShapeError,
-    TransportError,
-    WorkspaceError,
-)
+from .errors import CapacityError, DeviceError, ShapeError, TransportError, WorkspaceError
+from .placement import Placements
 from .pools import outside_pools
 from .reference import Batch
 from .symmetric import Channel, Layout, SymmetricBuffer, make_channel, read_record
@@ -76,6 +71,7 @@ class Workspace:
         self.transport, self.transport_reason = choice.name, choice.reason
         self.timeout = timedelta(seconds=config.timeout_s)
         self.closed = False
+        self.placements = Placements()
         self._channel: Channel | None = None
         self._last_stream: torch.cuda.Stream | None = None
 
@@ -249,6 +245,11 @@ def get_workspace(group_name: str) -> Workspace | None:
 def transports_in_use() -> dict[str, str]:
     """Transport by group name, of every group that has a workspace."""
     return {name: workspace.transport for name, workspace in _WORKSPACES.items()}
+
+
+def placements_in_use() -> dict[str, Placements]:
+    """What the ranks of every group have told each other about their experts."""
+    return {name: workspace.placements for name, workspace in _WORKSPACES.items()}
 
 
 def resolve(group_name: str, op: str) -> Workspace:
