@@ -15,8 +15,8 @@ from .pdl import chain_link, chain_start
 
 ONE_LAUNCH_PAIRS = 4096
 _CHUNK = 128  # pairs that a program of the two-launch form ranks among each other at once, all with all
-_SHARES = 128  # programs of the two-launch form, about one an SM: each reads the counts of all
-_ONE_LAUNCH_PROGRAMS = 128  # about one an SM; with more experts than these a program has several
+_PROGRAMS = 128  # about one an SM; each of the two-launch form reads the counts of all
+_BLOCKS = 4  # blocks that a program of the one-launch form pads at once
 
 
 @triton.jit
@@ -48,38 +48,55 @@ def _fill(ptr, first, end, step, value, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _earlier_equal(local, CHUNK: tl.constexpr):
+    """How many pairs of the chunk before each pair have its expert: [5, 3, 5] gives [0, 0, 1]."""
+    at = tl.arange(0, CHUNK)
+    equal = (local[None, :] == local[:, None]) & (at[None, :] < at[:, None])
+    return tl.sum(equal.to(tl.int32), axis=1)
+
+
+@triton.jit
 def _align_kernel(
     ids_ptr, valid_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
     num_rows, top_k, expert_start, num_experts, sorted_size,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, SHARE: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs count all experts, then write the pairs, the padding and the block ids of their own ones.
+    """Programs count all pairs, and those before their share; then they place SHARE pairs, and pad BLOCKS blocks.
 
-    Grid: programs take every ``num_programs``-th local expert. Example: ids [[1, 0], [1, 2]], E_l 2, BLOCK 4 gives
+    Grid: enough programs for all shares; for blocks they loop. Example: ids [[1, 0], [1, 2]], E_l 2, BLOCK 4 gives
     sorted [1, 4, 4, 4, 0, 2, 4, 4, ...], expert_ids [0, 1, -1, ...], total 8 (pair 3 is not local).
     """
     if PDL:  # a next kernel that asked for it may start and wait
         tl.extra.cuda.gdc_launch_dependents()
-    pairs_total = num_rows * top_k
+    program, pairs_total = tl.program_id(0), num_rows * top_k
     num_pairs = tl.minimum(tl.load(valid_ptr), num_rows) * top_k
-    pair, local, has = _local_ids(ids_ptr, 0, num_pairs, pairs_total, expert_start, num_experts, CHUNK)
-    counts = tl.histogram(local, BINS, mask=has)
-    bins = tl.arange(0, BINS)
+    own_pair, own, own_has = _local_ids(
+        ids_ptr, program * SHARE, num_pairs, pairs_total, expert_start, num_experts, SHARE
+    )
+    counts, before = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
+    for first in range(0, pairs_total, CHUNK):
+        pair, local, has = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK)
+        counts += tl.histogram(local, BINS, mask=has)
+        before += tl.histogram(local, BINS, mask=has & (pair < program * SHARE))
     padded = (counts + BLOCK - 1) // BLOCK * BLOCK
     ends = tl.cumsum(padded, 0)
+    rank = _earlier_equal(tl.where(own_has, own, -1), SHARE)
+    tl.store(sorted_ptr + tl.gather(ends - padded + before, own, 0) + rank, own_pair, mask=own_has)
     total = tl.max(ends)
-    for expert in range(tl.program_id(0), num_experts, tl.num_programs(0)):
-        end = tl.sum(tl.where(bins == expert, ends, 0))
-        begin = end - tl.sum(tl.where(bins == expert, padded, 0))
-        hit = (has & (local == expert)).to(tl.int32)
-        tl.store(sorted_ptr + begin + tl.cumsum(hit, 0) - 1, pair, mask=hit > 0)
-        _fill(sorted_ptr, begin + tl.sum(hit), end, CHUNK, pairs_total, CHUNK)
-        _fill(expert_ids_ptr, begin // BLOCK, end // BLOCK, CHUNK, expert, CHUNK)
-    # past the end: all programs share the work
-    at, step = tl.program_id(0) * CHUNK, tl.num_programs(0) * CHUNK
-    _fill(sorted_ptr, total + at, sorted_size, step, pairs_total, CHUNK)
-    _fill(expert_ids_ptr, total // BLOCK + at, sorted_size // BLOCK, step, -1, CHUNK)
-    if tl.program_id(0) == 0:
+    bins = tl.arange(0, BINS)
+    PART: tl.constexpr = BLOCK & -BLOCK  # of a block: fused_moe asks for blocks of 192, which no range can have
+    for first in range(program * BLOCKS, sorted_size // PART, tl.num_programs(0) * BLOCKS):
+        part = (first + tl.arange(0, BLOCKS)) * PART
+        expert = tl.sum((ends[None, :] <= part[:, None]).to(tl.int32), axis=1)
+        # where the pairs of the part's expert end; past the total there is none, and all is padding
+        filled = tl.sum(tl.where(bins[None, :] == expert[:, None], (ends - padded + counts)[None, :], 0), axis=1)
+        begins = (part < sorted_size) & (part % BLOCK == 0)
+        tl.store(expert_ids_ptr + part // BLOCK, tl.where(part < total, expert, -1), mask=begins)
+        where = part[:, None] + tl.arange(0, PART)[None, :]
+        mask = (where >= filled[:, None]) & (where < sorted_size)
+        tl.store(sorted_ptr + where, tl.full((BLOCKS, PART), 0, tl.int32) + pairs_total, mask=mask)
+    if program == 0:
         tl.store(total_ptr, total)
 
 
@@ -108,14 +125,6 @@ def _count_kernel(
     size = tl.cast(sorted_size, tl.int64)
     _fill(sorted_ptr, program * CHUNK, size, programs * CHUNK, pairs_total.to(tl.int32), CHUNK)
     _fill(expert_ids_ptr, program * CHUNK, size // BLOCK, programs * CHUNK, -1, CHUNK)
-
-
-@triton.jit
-def _earlier_equal(local, CHUNK: tl.constexpr):
-    """How many pairs of the chunk before each pair have its expert: [5, 3, 5] gives [0, 0, 1]."""
-    at = tl.arange(0, CHUNK)
-    equal = (local[None, :] == local[:, None]) & (at[None, :] < at[:, None])
-    return tl.sum(equal.to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -168,7 +177,7 @@ def _launch_two(
 ) -> None:  # fmt: skip
     sorted_ids, expert_ids, total = outputs
     bins = triton.next_power_of_2(num_local_experts + 1)
-    share = triton.cdiv(triton.cdiv(topk_ids.numel(), _SHARES), _CHUNK) * _CHUNK
+    share = triton.cdiv(triton.cdiv(topk_ids.numel(), _PROGRAMS), _CHUNK) * _CHUNK
     shares = triton.cdiv(topk_ids.numel(), share)
     counts = torch.empty(shares, bins, dtype=torch.int32, device=topk_ids.device)
     sizes = topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts
@@ -196,10 +205,13 @@ def launch(
         _launch_two(topk_ids, valid_tokens, outputs, block_size, num_local_experts, local_expert_start)
         return
     sorted_ids, expert_ids, total = outputs
-    chunk = max(triton.next_power_of_2(topk_ids.numel()), 128)
-    _align_kernel[(min(num_local_experts, _ONE_LAUNCH_PROGRAMS),)](
+    pairs, blocks = topk_ids.numel(), expert_ids.numel()
+    chunk = min(max(triton.next_power_of_2(pairs), 128), 4096)
+    share = max(triton.next_power_of_2(triton.cdiv(pairs, _PROGRAMS)), 32)
+    programs = max(triton.cdiv(pairs, share), min(triton.cdiv(blocks, _BLOCKS), _PROGRAMS))
+    _align_kernel[(programs,)](
         topk_ids, valid_tokens, sorted_ids, expert_ids, total,
         topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts, sorted_ids.numel(),
-        BLOCK=block_size, CHUNK=chunk, BINS=triton.next_power_of_2(num_local_experts),
-        num_warps=16 if chunk > 1024 else 4, **chain_start(True, topk_ids.device),
+        BLOCK=block_size, CHUNK=chunk, BINS=triton.next_power_of_2(num_local_experts), SHARE=share, BLOCKS=_BLOCKS,
+        num_warps=min(max(chunk // 256, 4), 16), **chain_start(True, topk_ids.device),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 TABLES = Path(__file__).parent / "tables"
+WIDE_ROWS = 192  # of a block whose tiles are two products, of 128 and 64 rows
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Tiles:
     """One GEMM launch: rows x columns x depth of a tile (columns of I in the first GEMM: gate and up both).
 
     ``swap`` makes the weights the left operand of the tensor cores (bulk copies only): for few rows.
+    ``block_m = WIDE_ROWS`` (many rows, both GEMMs): see ``fused_moe_wide_kernels``; where they do not suit, 128 rows.
     ``flat`` (many rows) runs all tiles of a program as one pipelined loop. ``special`` (many rows, second GEMM, bulk
     copies) gives loads, and each half of ``block_m = 128``, warps of their own, ``num_warps`` each.
     """
@@ -39,7 +41,12 @@ class Plan:
 
     ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent programs per SM;
     ``tma`` bulk copies of weights where their strides allow; ``pdl`` programmatic dependent launch;
-    ``prefetch`` bytes a program of the second few-rows kernel asks L2 for before the first one ends (16 | prefetch).
+    ``prefetch`` bytes a program of the second few-rows kernel asks L2 for before the first one ends (16 | prefetch);
+    ``prefetch_up`` bytes of each part that one of the first asks for at its start.
+    ``slots`` (few rows): programs for each tile, about as many as there are local pairs; more pairs are looped over.
+    0: one for each pair of a chunk, or for each expert where these are fewer.
+    ``down_sum`` (few rows): the second kernel sums, too, and there is no third. Its ``block_m`` slots of a token times
+    ``block_n`` columns of H are the left operand. For weights as stored by default; else the plan's other tiles hold.
     """
 
     gate_up: Tiles
@@ -50,11 +57,14 @@ class Plan:
     tma: bool = True
     pdl: bool = True
     prefetch: int = 0
+    prefetch_up: int = 0
+    slots: int = 0
+    down_sum: Tiles | None = None
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:
         own: dict[str, Any] = {field.name: entry[field.name] for field in fields(Plan) if field.name in entry}
-        own |= {name: Tiles(**entry[name]) for name in ("gate_up", "down")}
+        own |= {name: Tiles(**entry[name]) for name in ("gate_up", "down", "down_sum") if entry.get(name)}
         return Plan(**own)
 
     def to_json(self) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import fused_moe_wide
 from .align import launch_align
-from .fused_moe_config import Plan, Shape, Tiles, choose_plan
-from .fused_moe_few_kernels import down_few_kernel, gate_up_few_kernel
+from .fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan
+from .fused_moe_few_kernels import down_few_kernel, down_sum_few_kernel, gate_up_few_kernel
 from .fused_moe_kernels import topk_sum_kernel
 from .fused_moe_many_kernels import down_many_kernel, gate_up_many_kernel
 from .pdl import chain_link, chain_start
@@ -106,26 +107,66 @@ def _down(problem: Problem, plan: Plan) -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
-    hidden, ids, form = problem.hidden, problem.topk_ids, problem.form
-    (rows, width), (experts, inner), top_k = hidden.shape, (problem.gate_up.shape[0], problem.inner), ids.shape[1]
-    act = hidden.new_empty(rows * top_k, inner)
-    chunk = min(plan.pairs, triton.next_power_of_2(ids.numel()))
-    by_pair = chunk < experts
-    slots = min(chunk, ids.numel()) if by_pair else experts
-    routing = {"PAIRS": chunk, "BY_PAIR": by_pair}
+class _FewRows(NamedTuple):
+    """What both kernels for few rows share: the grid's second axis and how programs find their routing."""
+
+    slots: int
+    routing: dict[str, Any]
+
+    @staticmethod
+    def of(problem: Problem, plan: Plan) -> _FewRows:
+        pairs, experts = problem.topk_ids.numel(), problem.gate_up.shape[0]
+        chunk = min(plan.pairs, triton.next_power_of_2(pairs))
+        by_pair = plan.slots > 0 or chunk < experts
+        return _FewRows(min(plan.slots or chunk, pairs) if by_pair else experts, {"PAIRS": chunk, "BY_PAIR": by_pair})
+
+
+def _can_prefetch(problem: Problem) -> bool:
+    """Columns must lie one after the other; the interpreter has no L2."""
+    return problem.hidden.is_cuda and not problem.form.transposed
+
+
+def _gate_up_few(problem: Problem, plan: Plan) -> Tensor:
+    """The inner activations, (M * K, I)."""
+    hidden, ids, form, few = problem.hidden, problem.topk_ids, problem.form, _FewRows.of(problem, plan)
+    (rows, width), inner = hidden.shape, problem.inner
+    act = hidden.new_empty(ids.numel(), inner)
     weights, args = _gate_up(problem, plan)
-    gate_up_few_kernel[(triton.cdiv(inner, plan.gate_up.block_n), slots)](
-        hidden, ids, problem.valid_tokens, weights, _or(problem.gate_up_bias, problem.gate_up), act,
-        rows, hidden.stride(0), problem.expert_start, experts, width, inner, form.alpha or 0.0, form.limit or 0.0,
-        **routing, **args, **chain_start(plan.pdl, hidden.device),
+    prefetch = plan.prefetch_up if args["TMA"] and _can_prefetch(problem) else 0
+    gate_up_few_kernel[(triton.cdiv(inner, plan.gate_up.block_n), few.slots)](
+        hidden, ids, problem.valid_tokens, weights, problem.gate_up, _or(problem.gate_up_bias, problem.gate_up), act,
+        rows, hidden.stride(0), problem.expert_start, problem.gate_up.shape[0], width, inner,
+        form.alpha or 0.0, form.limit or 0.0,
+        PREFETCH=prefetch, **few.routing, **args, **chain_start(plan.pdl, hidden.device),
     )  # fmt: skip
+    return act
+
+
+def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
+    act, few, width = _gate_up_few(problem, plan), _FewRows.of(problem, plan), problem.hidden.shape[1]
     weights, args = _down(problem, plan)
-    prefetch = plan.prefetch if args["TMA"] and not form.transposed else 0  # columns must lie one after the other
-    down_few_kernel[(triton.cdiv(width, plan.down.block_n), slots)](
-        act, ids, problem.valid_tokens, weights, problem.down, _or(problem.down_bias, problem.down), pairs,
-        rows, problem.expert_start, experts, width, inner,
-        TOP_K=top_k, PREFETCH=prefetch, **routing, **args, **chain_link(plan.pdl, hidden.device),
+    prefetch = plan.prefetch if args["TMA"] and _can_prefetch(problem) else 0
+    down_few_kernel[(triton.cdiv(width, plan.down.block_n), few.slots)](
+        act, problem.topk_ids, problem.valid_tokens, weights, problem.down, _or(problem.down_bias, problem.down), pairs,
+        problem.hidden.shape[0], problem.expert_start, problem.gate_up.shape[0], width, problem.inner,
+        TOP_K=problem.topk_ids.shape[1], PREFETCH=prefetch, **few.routing, **args,
+        **chain_link(plan.pdl, problem.hidden.device),
+    )  # fmt: skip
+
+
+def _run_few_and_sum(problem: Problem, plan: Plan, tiles: Tiles) -> None:
+    """Two launches: the second projection of a row's pairs and their sum are one."""
+    act, (rows, width), inner = _gate_up_few(problem, plan), problem.hidden.shape, problem.inner
+    top_k, out = problem.topk_ids.shape[1], problem.out
+    programs = min(rows, triton.cdiv(plan.pairs, top_k))
+    prefetch = plan.prefetch if inner * act.element_size() % _TMA_ALIGN == 0 and _can_prefetch(problem) else 0
+    down_sum_few_kernel[(triton.cdiv(width, tiles.block_n), programs)](
+        act, problem.topk_ids, problem.valid_tokens, problem.down, problem.topk_weights,
+        _or(problem.down_bias, problem.down), out,
+        out.stride(0), rows, problem.expert_start, problem.gate_up.shape[0], width, inner,
+        TOP_K=top_k, HAS_BIAS=problem.down_bias is not None, PREFETCH=prefetch,
+        SLOTS=tiles.block_m, BLOCK_H=tiles.block_n, BLOCK_K=tiles.block_k, EVEN_K=inner % tiles.block_k == 0,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **chain_link(plan.pdl, problem.hidden.device),
     )  # fmt: skip
 
 
@@ -134,7 +175,12 @@ def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+def _power_of_two_rows(tiles: Tiles) -> Tiles:
+    return replace(tiles, block_m=128) if tiles.block_m == WIDE_ROWS else tiles
+
+
 def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
+    plan = replace(plan, gate_up=_power_of_two_rows(plan.gate_up), down=_power_of_two_rows(plan.down))
     hidden, ids, form = problem.hidden, problem.topk_ids, problem.form
     width, inner, experts, block = hidden.shape[1], problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
     if block != plan.down.block_m:
@@ -179,11 +225,14 @@ def sum_pairs(
 
 
 def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: Plan | None = None) -> None:
-    """Fill ``problem.out``: three launches for few rows, four for many."""
+    """Fill ``problem.out``: two or three launches for few rows, four for many."""
     if problem.topk_ids.numel() == 0 or problem.hidden.shape[1] == 0:
         problem.out.zero_()
         return
     problem, plan = _prepare(problem, tokens_hint, batch_invariant, plan)
+    if plan.pairs and plan.down_sum and not problem.form.transposed:
+        _run_few_and_sum(problem, plan, plan.down_sum)
+        return
     sum_pairs(
         _run_pairs(problem, plan), problem.topk_ids, problem.topk_weights, problem.valid_tokens, problem.out,
         problem.expert_start, problem.gate_up.shape[0], chain_link(plan.pdl, problem.hidden.device),
@@ -214,6 +263,8 @@ def _run_pairs(problem: Problem, plan: Plan) -> Tensor:
         return pairs
     if plan.pairs:
         _run_few(problem, plan, pairs)
+    elif fused_moe_wide.suits(problem, plan):
+        fused_moe_wide.run_wide(problem, plan, pairs, _device_of(problem.hidden)[1])
     else:
         _run_many(problem, plan, pairs, _device_of(problem.hidden)[1])
     return pairs
