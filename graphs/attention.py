@@ -20,21 +20,22 @@ NAME = "moe_ep"
 _OP = "decode_attention"
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> None:
-    check_rank(_OP, "query", query, 3, "(B, heads, D)")
-    check_rank(_OP, "key", key, 4, "(B, key heads, L, D)")
-    check_rank(_OP, "value", value, 4, "(B, key heads, L, D_v)")
-    check_rank(_OP, "mask", mask, 4, "(B, 1, 1, L)")
-    check_same_device(_OP, query=query, key=key, value=value, mask=mask)
+def check_attention(op: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> None:
+    """Shapes of one token's query, of a cache and of a mask of its columns."""
+    check_rank(op, "query", query, 3, "(B, heads, D)")
+    check_rank(op, "key", key, 4, "(B, key heads, L, D)")
+    check_rank(op, "value", value, 4, "(B, key heads, L, D_v)")
+    check_rank(op, "mask", mask, 4, "(B, 1, 1, L)")
+    check_same_device(op, query=query, key=key, value=value, mask=mask)
     batch, kv_heads, length, depth = key.shape
-    torch._check(query.shape[0] == batch and query.shape[2] == depth, lambda: f"{_OP}: query {tuple(query.shape)}")
-    torch._check(value.shape[:3] == key.shape[:3], lambda: f"{_OP}: value {tuple(value.shape)}")
-    torch._check(tuple(mask.shape) == (batch, 1, 1, length), lambda: f"{_OP}: mask {tuple(mask.shape)}")
-    torch._check(query.shape[1] % kv_heads == 0, lambda: f"{_OP}: {query.shape[1]} heads over {kv_heads} key heads")
+    torch._check(query.shape[0] == batch and query.shape[2] == depth, lambda: f"{op}: query {tuple(query.shape)}")
+    torch._check(value.shape[:3] == key.shape[:3], lambda: f"{op}: value {tuple(value.shape)}")
+    torch._check(tuple(mask.shape) == (batch, 1, 1, length), lambda: f"{op}: mask {tuple(mask.shape)}")
+    torch._check(query.shape[1] % kv_heads == 0, lambda: f"{op}: {query.shape[1]} heads over {kv_heads} key heads")
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    _check(query, key, value, mask, scale)
+    check_attention(_OP, query, key, value, mask)
     return query.new_empty(*query.shape[:2], value.shape[3])
 
 
@@ -54,14 +55,14 @@ def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: fl
 
 
 def _cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    _check(query, key, value, mask, scale)
+    check_attention(_OP, query, key, value, mask)
     return reference(query, key, value, mask[:, 0, 0], scale)
 
 
 def _cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     from .attention_launch import launch
 
-    _check(query, key, value, mask, scale)
+    check_attention(_OP, query, key, value, mask)
     return launch(query, key, value, mask[:, 0, 0], scale)
 
 

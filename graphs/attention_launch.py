@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
+from moe_ops.errors import ShapeError
 from moe_ops.pdl import chain_link, chain_start
 
 from .attention_kernels import _attend_kernel, _merge_kernel
+from .rotated_attention_kernels import _rotate_and_attend_kernel
+
+if TYPE_CHECKING:
+    from .rotated_attention import NewToken
 
 # Chosen by a sweep on one H200 with 32 query heads, 4 key heads, 128 deep, at 1, 16 and 64 sequences.
 SHORT = 512  # caches up to this length are not split: the second launch would cost more
@@ -29,32 +36,85 @@ def span_of(length: int, pairs: int, sms: int) -> int:
     return max(MIN_SPAN, min(span, MAX_SPAN))
 
 
-def launch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, span: int | None = None) -> Tensor:
-    """The kernels; arguments as in ``attention.reference``, ``span`` for tests."""
-    batch, heads, depth = query.shape
-    kv_heads, length, depth_v = key.shape[1], key.shape[2], value.shape[3]
+class Split(NamedTuple):
+    """How the columns of a cache are split, and where the spans leave what they found."""
+
+    span: int
+    spans: int
+    out: Tensor  # (B, heads, D_v)
+    parts: Tensor  # (B, heads, spans, D_v) fp32; ``out`` itself if there is one span
+    stats: Tensor  # (B, heads, spans) fp32; likewise
+
+    def merge(self) -> Tensor:
+        """``out`` from its parts."""
+        if self.spans > 1:
+            depth_v = self.out.shape[2]
+            _merge_kernel[(self.out.shape[0] * self.out.shape[1],)](
+                self.parts, self.stats, self.out,
+                DEPTH_V=depth_v, DEPTH_V_PAD=triton.next_power_of_2(depth_v),
+                SPANS=self.spans, SPANS_PAD=triton.next_power_of_2(self.spans),
+                num_warps=4, **chain_link(True, self.out.device),  # pyright: ignore[reportCallIssue]
+            )  # fmt: skip
+        return self.out
+
+
+def split(query: Tensor, keys: Tensor, values: Tensor, span: int | None) -> Split:
+    """Allocate; ``span``: None for what suits the sizes."""
+    batch, heads, _ = query.shape
+    kv_heads, length, depth_v = values.shape[1:]
     sms = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else _HOST_SMS
     span = span or span_of(length, batch * kv_heads, sms)
     spans = triton.cdiv(length, span)
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = query.new_empty(batch, heads, depth_v)
-    parts = query.new_empty(batch, heads, spans, depth_v, dtype=torch.float32) if spans > 1 else out
-    stats = query.new_empty(batch, heads, spans, dtype=torch.float32) if spans > 1 else out
-    two = spans > 1
-    _attend_kernel[(batch * kv_heads, spans)](
-        query, key, value, mask.view(torch.uint8), parts, stats, mask.stride(0), scale, kv_heads, length,
-        GROUP=heads // kv_heads, ROWS=max(MIN_ROWS, triton.next_power_of_2(heads // kv_heads)),
-        DEPTH=depth, DEPTH_V=depth_v,
-        DEPTH_PAD=triton.next_power_of_2(depth), DEPTH_V_PAD=triton.next_power_of_2(depth_v),
-        BLOCK=SHORT_BLOCK if length <= SHORT else BLOCK, SPAN=span, SPANS=spans,
-        num_warps=4, num_stages=SHORT_STAGES if length <= SHORT else STAGES,  # pyright: ignore[reportCallIssue]
-        **chain_start(two, query.device),
+    if spans == 1:
+        return Split(span, spans, out, out, out)
+    parts = query.new_empty(batch, heads, spans, depth_v, dtype=torch.float32)
+    return Split(span, spans, out, parts, query.new_empty(batch, heads, spans, dtype=torch.float32))
+
+
+def sizes(query: Tensor, keys: Tensor, values: Tensor, found: Split) -> dict[str, Any]:
+    """Constants and launch options that both kernels of a span share."""
+    heads, depth = query.shape[1:]
+    kv_heads, length, depth_v = values.shape[1:]
+    short, group = length <= SHORT, heads // kv_heads
+    return {
+        "GROUP": group, "ROWS": max(MIN_ROWS, triton.next_power_of_2(group)), "DEPTH": depth, "DEPTH_V": depth_v,
+        "DEPTH_PAD": triton.next_power_of_2(depth), "DEPTH_V_PAD": triton.next_power_of_2(depth_v),
+        "BLOCK": SHORT_BLOCK if short else BLOCK, "SPAN": found.span, "SPANS": found.spans,
+        "num_warps": 4, "num_stages": SHORT_STAGES if short else STAGES,
+    }  # fmt: skip
+
+
+def launch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, span: int | None = None) -> Tensor:
+    """The kernels; arguments as in ``attention.reference``, ``span`` for tests."""
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    found = split(query, key, value, span)
+    batch, kv_heads, length, _ = key.shape
+    _attend_kernel[(batch * kv_heads, found.spans)](
+        query, key, value, mask.view(torch.uint8), found.parts, found.stats, mask.stride(0), scale, kv_heads, length,
+        **sizes(query, key, value, found), **chain_start(found.spans > 1, query.device),
     )  # fmt: skip
-    if two:
-        _merge_kernel[(batch * heads,)](
-            parts, stats, out,
-            DEPTH_V=depth_v, DEPTH_V_PAD=triton.next_power_of_2(depth_v),
-            SPANS=spans, SPANS_PAD=triton.next_power_of_2(spans),
-            num_warps=4, **chain_link(True, query.device),  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
-    return out
+    return found.merge()
+
+
+def launch_with_new_token(token: NewToken, span: int | None = None, **chosen: int) -> Tensor:
+    """``rotate_and_attend``; ``span`` and ``chosen`` tile sizes for tests and sweeps.
+
+    The cache is written, so it is used as it lies: contiguous, as ``SlotLayer`` allocates it.
+    """
+    query, keys, values, mask = token.query.contiguous(), token.keys, token.values, token.mask[:, 0, 0]
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ShapeError(f"rotate_and_attend: keys {keys.stride()} or values {values.stride()} are not contiguous.")
+    found = split(query, keys, values, span)
+    batch, kv_heads, length, _ = keys.shape
+    norms, early = (token.query_norm, token.key_norm), chain_link(True, query.device)
+    hint = early["PDL"] and all(cache.shape[3] * cache.element_size() % 16 == 0 for cache in (keys, values))
+    _rotate_and_attend_kernel[(batch * kv_heads, found.spans)](
+        (query, token.key.contiguous(), token.value.contiguous()),
+        tuple(query if norm is None else norm.contiguous() for norm in norms), token.query_eps, token.key_eps,
+        (token.cos.contiguous(), token.sin.contiguous()), (keys, values), token.columns, mask.view(torch.uint8),
+        found.parts, found.stats, mask.stride(0), token.scale, kv_heads, length,
+        TURNED=token.cos.shape[1], NORMS=tuple(norm is not None for norm in norms),
+        **sizes(query, keys, values, found) | early | {"PARTS": 1, "HINT": hint} | chosen,
+    )  # fmt: skip
+    return found.merge()
