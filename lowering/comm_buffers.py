@@ -33,7 +33,9 @@ EXPERT_OPTIONS = (
     "activation", "alpha", "limit", "gated", "transposed", "interleaved", "gate_up_bias", "down_bias", "tokens_hint",
     "batch_invariant",
 )  # fmt: skip
-NO_EPILOGUE = {"addends": [], "scale": 1.0, "round_each": True}
+EPILOGUE = {
+    "scale": 1.0, "round_each": True, "norm_weight": None, "norm_eps": 0.0, "norm_shift": 0.0, "norm_round_first": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,13 @@ class ExpertsAndCombine:
     def replace(self) -> str:
         """Put one op in place of both; returns what was done."""
         graph = self.combine.node.graph
-        experts, combine = _arguments(self.experts), NO_EPILOGUE | self.combine.arguments
+        experts, combine = _arguments(self.experts), {"addends": [], **EPILOGUE} | self.combine.arguments
         args = (
             *(experts[name] for name in EXPERT_TENSORS), combine["local_tokens"], combine["metadata"],
             experts["local_expert_start"], combine["num_rows"], combine["addends"], combine["group_name"],
         )  # fmt: skip
         options = {name: experts[name] for name in EXPERT_OPTIONS}
-        options |= {
-            "scale": combine["scale"],
-            "round_each": combine["round_each"],
-            "combine_dtype": combine["out_dtype"],
-        }
+        options |= {name: combine[name] for name in EPILOGUE} | {"combine_dtype": combine["out_dtype"]}
         with graph.inserting_before(self.combine.node):
             joined = insert_effect(
                 graph, self.combine.token, torch.ops.moe_ep.fused_moe_combine.default, args, options,

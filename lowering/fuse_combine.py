@@ -10,8 +10,9 @@ After::
 
     x = with_effects(token, moe_ep.rsv_combine_add, y, local_tokens, metadata, T, [shared, residual], group)[1]
 
-One launch less, and one pass less over (T, H). Legal when nobody else reads ``c`` and ``a``, and when no addend
-depends on a later ordered op: the combine moves down to where its last addend exists.
+One launch less, and one pass less over (T, H). Views in between that keep rows of H are looked through, as models add
+in three dimensions. Legal when nobody else reads ``c`` and ``a``, and when no addend depends on a later ordered op:
+the combine moves down to where its last addend exists.
 
 Which bits? ``rsv_combine_add`` rounds the sum over ranks to its dtype like ``rsv_combine``, then
 - ``rounding="compiled"`` (default): every value is rounded where Inductor would round it without this pass. So an add
@@ -34,6 +35,7 @@ from torch.fx import Graph, Node
 
 from . import torch_compat
 from .effects import NO_KERNEL, EffectOp, effect_ops, insert_effect, is_moe_op, is_one_kernel, reaches, read
+from .overlap_shared import VIEWS, strip_views
 from .report import Outcome
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -44,7 +46,7 @@ PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.
 
 @dataclass
 class CombineEpilogue:
-    """A combine and the pointwise ops that join it, first to last."""
+    """A combine and the ops that join it, first to last; ``last`` and addends may be views of (T, H)."""
 
     combine: EffectOp
     result: Node  # what the combine returns now
@@ -56,30 +58,42 @@ class CombineEpilogue:
 
     def replace(self, round_each: bool) -> str:
         """Put ``rsv_combine_add`` where the last step stood; returns what was done."""
+        graph, last = self.combine.node.graph, self.last.meta["val"]
+        with graph.inserting_before(self.last):
+            joined = self.insert(round_each, last.reshape(-1, last.shape[-1]), {})
+            token, value = read(joined, 0), as_shape(read(joined, 1), last.shape)
+        self.last.replace_all_uses_with(value)
+        done = f"{joined.name}: {self.combine.node.name} joined by {', '.join(step.name for step in self.joined())}"
+        self.erase(token)
+        return done
+
+    def insert(self, round_each: bool, result: Tensor, more: dict[str, Any]) -> Node:
+        """``rsv_combine_add`` at the graph's insertion point, with ``more`` keyword arguments; ``result``: its fake."""
         graph, arguments = self.combine.node.graph, self.combine.arguments
         args = [arguments[name] for name in ("expert_output", "local_tokens", "metadata", "num_rows")]
         kwargs = {"scale": self.scale, "round_each": round_each, "out_dtype": self.out_dtype or arguments["out_dtype"]}
-        with graph.inserting_before(self.last):
-            joined = insert_effect(
-                graph, self.combine.token, torch.ops.moe_ep.rsv_combine_add.default,
-                (*args, self.addends, arguments["group_name"]), kwargs, (self.last.meta["val"],),
-            )  # fmt: skip
-            token, value = read(joined, 0), read(joined, 1)
-        self.last.replace_all_uses_with(value)
+        addends = [as_shape(addend, self.result.meta["val"].shape) for addend in self.addends]
+        return insert_effect(
+            graph, self.combine.token, torch.ops.moe_ep.rsv_combine_add.default,
+            (*args, addends, arguments["group_name"]), kwargs | more, (result,),
+        )  # fmt: skip
+
+    def joined(self) -> list[Node]:
+        """The steps, without views."""
+        return [step for step in self.steps if step.target not in VIEWS]
+
+    def erase(self, token: Node) -> None:
+        """Remove what was joined; ``token``: the new op's."""
+        graph = self.combine.node.graph
         for node in self.combine.node.users:
             if node.args[1] == 0:
                 node.replace_all_uses_with(token)
-        done = f"{joined.name}: {self.combine.node.name} joined by {', '.join(step.name for step in self.steps)}"
-        self.erase()
-        torch_compat.sort_graph(graph)
-        return done
-
-    def erase(self) -> None:
-        """Remove what was joined."""
-        graph = self.combine.node.graph
         for step in reversed(self.steps):
             graph.erase_node(step)
         self.combine.erase({})
+        for addend in self.addends:
+            erase_unread_views(addend)
+        torch_compat.sort_graph(graph)
 
 
 class FuseCombine:
@@ -93,28 +107,12 @@ class FuseCombine:
         for combine in effect_ops(graph, "rsv_combine"):
             match = self._match(combine, rounding, outcome)
             if match is not None:
-                outcome.done.append(match.replace(rounding == "eager" or _rounds_every_step(match.last)))
+                outcome.done.append(match.replace(rounding == "eager" or rounds_every_step(match.last)))
         return outcome
 
     def _match(self, combine: EffectOp, rounding: str, outcome: Outcome) -> CombineEpilogue | None:
-        if not is_one_kernel(combine):
-            outcome.refuse(combine.node, NO_KERNEL)
-            return None
-        results = combine.results(0)
-        if len(results) != 1:
-            outcome.refuse(combine.node, f"its result is read in {len(results)} places")
-            return None
-        match = CombineEpilogue(combine, results[0], results[0])
-        while (step := _only_user(match.last)) is not None:
-            reason = _take(match, step, rounding)
-            if reason is None:
-                continue
-            if reason:
-                outcome.refuse(step, reason)
-            break
-        if not match.steps:
-            if len(match.result.users) > 1:
-                outcome.refuse(combine.node, f"its result has {len(match.result.users)} readers")
+        match = match_epilogue(combine, rounding, outcome)
+        if match is None or not match.joined():
             return None
         if rounding == "compiled" and (reason := _result_is_kept_exact(match.last)):
             outcome.refuse(match.last, reason)
@@ -122,17 +120,45 @@ class FuseCombine:
         return match
 
 
-def _take(match: CombineEpilogue, step: Node, rounding: str) -> str | None:
-    """Add ``step`` to the match and return None; or the reason why not ("" if it is no candidate)."""
+def match_epilogue(combine: EffectOp, rounding: str, outcome: Outcome) -> CombineEpilogue | None:
+    """The steps behind ``combine`` that may join it, perhaps none; ``outcome`` gets the reason of one that may not."""
+    if not is_one_kernel(combine):
+        outcome.refuse(combine.node, NO_KERNEL)
+        return None
+    results = combine.results(0)
+    if len(results) != 1:
+        outcome.refuse(combine.node, f"its result is read in {len(results)} places")
+        return None
+    match = CombineEpilogue(combine, results[0], results[0])
+    views: list[Node] = []
+    while (step := _only_user((views or [match.last])[-1])) is not None:
+        if step.target in VIEWS and step.meta["val"].shape[-1] == match.result.meta["val"].shape[-1]:
+            views.append(step)
+            continue
+        reason = _take(match, step, (views or [match.last])[-1], rounding)
+        if reason is None:
+            match.steps += [*views, step]
+            match.last, views = step, []
+            continue
+        if reason:
+            outcome.refuse(step, reason)
+        break
+    if not match.steps and len(readers := readers_of(match.result)) > 1:
+        outcome.refuse(combine.node, f"its result has {len(readers)} readers")
+    return match
+
+
+def _take(match: CombineEpilogue, step: Node, last: Node, rounding: str) -> str | None:
+    """Add ``step``, which reads ``last``, and return None; or the reason why not ("" if it is no candidate)."""
     if step.target is aten.add.Tensor and len(step.all_input_nodes) == 2 and step.kwargs.get("alpha", 1) == 1:
-        addend = next(node for node in step.all_input_nodes if node is not match.last)
-        if reason := _refuse_addend(match, addend, rounding):
+        addend = next(node for node in step.all_input_nodes if node is not last)
+        if reason := _refuse_addend(match, addend, last, rounding):
             return reason
         match.addends.append(addend)
     elif step.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(step.args[1], int | float):
         if match.addends or match.scale != 1.0:
             return "a scaling joins only before the first add"
-        if rounding == "compiled" and not _rounds_every_step(step):
+        if rounding == "compiled" and not rounds_every_step(step):
             return "Inductor contracts this product with what follows; only rounding='eager' has one meaning for it"
         match.scale = float(step.args[1])
     elif step.target is prims.convert_element_type.default:
@@ -141,25 +167,24 @@ def _take(match: CombineEpilogue, step: Node, rounding: str) -> str | None:
         match.out_dtype = _as_dtype(step.args[1])
     else:
         return ""
-    match.steps.append(step)
-    match.last = step
     return None
 
 
-def _refuse_addend(match: CombineEpilogue, addend: Node, rounding: str) -> str | None:
-    """Why this addend cannot join, or None."""
-    mine, other = match.last.meta["val"], addend.meta.get("val")
+def _refuse_addend(match: CombineEpilogue, addend: Node, last: Node, rounding: str) -> str | None:
+    """Why this addend of ``last`` cannot join, or None."""
+    mine, other = last.meta["val"], addend.meta.get("val")
     if not isinstance(other, Tensor) or other.shape != mine.shape or other.dtype != mine.dtype:
         return f"{addend.name} has another shape or dtype"
     if len(match.addends) == MAX_ADDENDS:
         return f"at most {MAX_ADDENDS} addends"
     if reaches(addend, lambda node: node is match.combine.node):
         return f"{addend.name} depends on a later ordered op"
+    source = strip_views(addend)
     if rounding == "eager":
-        lone = _is_pointwise(addend) and len(addend.users) == 1
-        return f"{addend.name} is pointwise with no other reader: it would cost a launch" if lone else None
-    if _is_pointwise(addend):
-        return f"{addend.name} is pointwise: {KEPT}"
+        lone = _is_pointwise(source) and len(readers_of(source)) == 1
+        return f"{source.name} is pointwise with no other reader: it would cost a launch" if lone else None
+    if _is_pointwise(source):
+        return f"{source.name} is pointwise: {KEPT}"
     if addend.target is aten.mm.default and len(addend.users) == 1:
         return f"torch folds this add into {addend.name} (addmm), which rounds once (rounding='eager' joins it)"
     return None
@@ -167,7 +192,7 @@ def _refuse_addend(match: CombineEpilogue, addend: Node, rounding: str) -> str |
 
 def _result_is_kept_exact(last: Node) -> str | None:
     """Why the joined result would be rounded where Inductor does not round it, or None."""
-    for user in last.users:
+    for user in readers_of(last):
         if user.op != "output" and _is_pointwise(user):
             return (
                 f"{user.name} reads it: Inductor keeps it in fp32, a buffer would round it (rounding='eager' joins it)"
@@ -185,12 +210,34 @@ def _is_pointwise(node: Node) -> bool:
     return True
 
 
+def readers_of(node: Node) -> list[Node]:
+    """Users of ``node`` and of its views, which themselves do not count."""
+    return [reader for user in node.users for reader in (readers_of(user) if user.target in VIEWS else [user])]
+
+
+def as_shape(node: Node, shape: torch.Size) -> Node:
+    """``node``, what it is a view of, or a new view of it, whichever has ``shape``."""
+    source = strip_views(node)
+    for candidate in (node, source):
+        if candidate.meta["val"].shape == shape:
+            return candidate
+    return torch_compat.insert_call(node.graph, aten.view.default, node, list(shape))
+
+
+def erase_unread_views(node: Node) -> None:
+    """Remove ``node`` if it is a view that nobody reads, then what it was a view of, likewise."""
+    while node.target in VIEWS and not node.users:
+        (source,) = node.all_input_nodes
+        node.graph.erase_node(node)
+        node = source
+
+
 def _only_user(node: Node) -> Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].op == "call_function" else None
 
 
-def _rounds_every_step(node: Node) -> bool:
+def rounds_every_step(node: Node) -> bool:
     return torch_compat.rounds_every_step(node.meta["val"].device.type)
 
 

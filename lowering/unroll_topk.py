@@ -11,8 +11,11 @@ After::
     b0 = aten.amax(key, [-1], True)
     b1 = aten.amax(aten.where(key == b0, lowest, key), [-1], True)
     ...
-    best = aten.cat([b0, b1, ...], -1)
-    values, ids = unorder(best >> 32), n - 1 - (best & 0xffffffff)
+    values = aten.cat([unorder(b0 >> 32), ...], -1)
+    ids = aten.cat([n - 1 - (b0 & 0xffffffff), ...], -1)
+
+What follows, such as the weights' normalisation, is then computed column by column too (``lowering/columns.py``), so
+that one launch takes a router's logits to the weights and ids of dispatch.
 
 The same values, bit for bit, in the same order, NaN first. All keys of a row differ, so a column is taken once, and of
 equal scores the first is taken, where topk promises no order. Refused for more than ``MAX_K`` of more than
@@ -29,6 +32,7 @@ import torch
 from torch.fx import Graph, Node
 
 from . import torch_compat
+from .columns import Columns
 from .effects import bind
 from .report import Outcome
 
@@ -46,13 +50,13 @@ class RouterTopk:
     k: int
     dim: int
     largest: bool
-    ordered: bool
+    ordered: bool  # False: in any order, also this
 
     def reason(self) -> str | None:
         """Why it stays, None if it goes."""
         value = self.scores.meta["val"]
-        if self.dim not in (-1, value.dim() - 1) or not self.largest or not self.ordered:
-            return "is not the largest of each row in order"
+        if self.dim not in (-1, value.dim() - 1) or not self.largest:
+            return "is not the largest of each row"
         if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"sorts {value.dtype}"
         if self.k > MAX_K or value.shape[-1] > MAX_COLUMNS:
@@ -62,14 +66,16 @@ class RouterTopk:
     def replace(self) -> str:
         """Put k maxima in its place; returns what was done."""
         graph = self.node.graph
+        write = _Writer(graph)
         with graph.inserting_before(self.node):
-            values, ids = _largest(_Writer(graph), self.scores, self.k)
-        for read in list(self.node.users):
-            assert read.target is operator.getitem
-            read.replace_all_uses_with(ids if read.args[1] else values)
-            graph.erase_node(read)
+            values, ids = _largest(write, self.scores, self.k)
+        reads = list(self.node.users)
+        assert all(read.target is operator.getitem for read in reads)
+        known = {read: ids if read.args[1] else values for read in reads}
+        columns = Columns(graph, write, known, {r for r in reads if r.args[1]}, {r for r in reads if not r.args[1]})
+        columns.spread()
         graph.erase_node(self.node)
-        return f"{self.node.name}: {self.k} maxima"
+        return f"{self.node.name}: {self.k} maxima" + "".join(f", {name}" for name in columns.done)
 
 
 class UnrollTopk:
@@ -117,8 +123,8 @@ class _Writer:
         return self(aten.bitwise_xor.Tensor, bits, self(aten.bitwise_and.Scalar, sign, ALL_BUT_SIGN))
 
 
-def _largest(write: _Writer, scores: Node, k: int) -> tuple[Node, Node]:
-    """Values and ids of the k largest of each row."""
+def _largest(write: _Writer, scores: Node, k: int) -> tuple[list[Node], list[Node]]:
+    """Values and ids of the k largest of each row, by column."""
     sample = scores.meta["val"]
     last = sample.shape[-1] - 1
     columns = write(prims.iota.default, last + 1, start=0, step=1, dtype=torch.int64,
@@ -127,11 +133,11 @@ def _largest(write: _Writer, scores: Node, k: int) -> tuple[Node, Node]:
     high = write(aten.__lshift__.Scalar, write.cast(write.mirror(bits), torch.int64), 32)
     key = write(aten.add.Tensor, high, write.rest(columns, last))
     lowest = write(aten.full.default, [], LOWEST, dtype=torch.int64, device=sample.device)
-    best = []
+    values, ids = [], []
     for _ in range(k):
-        best.append(write(aten.amax.default, key, [-1], True))
-        key = write(aten.where.self, write(aten.eq.Tensor, key, best[-1]), lowest, key)
-    chosen = write(aten.cat.default, best, -1)
-    ids = write.rest(write(aten.bitwise_and.Scalar, chosen, LOW_HALF), last)
-    bits = write.mirror(write.cast(write(aten.__rshift__.Scalar, chosen, 32), torch.int32))
-    return write.cast(write(aten.view.dtype, bits, torch.float32), sample.dtype), ids
+        best = write(aten.amax.default, key, [-1], True)
+        key = write(aten.where.self, write(aten.eq.Tensor, key, best), lowest, key)
+        ids.append(write.rest(write(aten.bitwise_and.Scalar, best, LOW_HALF), last))
+        bits = write.mirror(write.cast(write(aten.__rshift__.Scalar, best, 32), torch.int32))
+        values.append(write.cast(write(aten.view.dtype, bits, torch.float32), sample.dtype))
+    return values, ids
