@@ -120,13 +120,13 @@ class OverlapShared:
 
 def _match(layer: EffectOp, activation: Activation) -> SharedExpertMatch | str:
     """The shared expert around an activation of the layer's input, or why it stays where it is."""
-    readers = _readers(activation.mul)
-    product = readers[0]
-    if len(readers) > 1 or product.target is not aten.mm.default or strip_views(product.args[0]) is not activation.mul:
-        return f"{', '.join(reader.name for reader in readers)}: no single matrix product reads it"
+    reading = readers(activation.mul)
+    product = reading[0]
+    if len(reading) > 1 or product.target is not aten.mm.default or strip_views(product.args[0]) is not activation.mul:
+        return f"{', '.join(reader.name for reader in reading)}: no single matrix product reads it"
     for shared in activation.products:
-        if len(_readers(shared)) > 1:
-            return f"{shared.name} has {len(_readers(shared))} readers"
+        if len(readers(shared)) > 1:
+            return f"{shared.name} has {len(readers(shared))} readers"
     if activation.mul.meta["val"].dtype != layer.arguments["hidden"].meta["val"].dtype:
         return "its dtype is not the layer's"
     position = next((n for n, addend in enumerate(layer.arguments["addends"]) if addend is product), -1)
@@ -204,9 +204,9 @@ def strip_views(node: Any) -> Any:
     return node
 
 
-def _readers(node: Node) -> list[Node]:
+def readers(node: Node) -> list[Node]:
     """Users of ``node`` and of its views, which themselves do not count."""
-    return [reader for user in node.users for reader in (_readers(user) if user.target in VIEWS else [user])]
+    return [reader for user in node.users for reader in (readers(user) if user.target in VIEWS else [user])]
 
 
 def _view(graph: Graph, node: Node, like: Any) -> Node:

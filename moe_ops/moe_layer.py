@@ -75,9 +75,9 @@ def _gather(
 
 def _shared_expert(
     shared_x: Tensor, shared_gate_up: Sequence[Tensor], shared_down: Tensor | None, position: int, round_each: bool,
-    hidden: Tensor,
+    thin: bool, hidden: Tensor,
 ) -> SharedExpert:  # fmt: skip
-    shared = SharedExpert(shared_x, shared_gate_up, shared_down, round_each)
+    shared = SharedExpert(shared_x, shared_gate_up, shared_down, round_each, thin)
     check_shared(_OP_SHARED, shared)
     if position >= 0 and (shared_down is None or shared_x.shape[0] != hidden.shape[0]):
         raise ShapeError(
@@ -95,9 +95,11 @@ def _fake_shared(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], shared_x: Tensor,
     shared_gate_up: Sequence[Tensor], shared_down: Tensor | None, shared_position: int, group_name: str, *,
-    shared_round_each: bool = False, **options: Any,
+    shared_round_each: bool = False, shared_thin: bool = False, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shared = _shared_expert(shared_x, shared_gate_up, shared_down, shared_position, shared_round_each, hidden)
+    shared = _shared_expert(
+        shared_x, shared_gate_up, shared_down, shared_position, shared_round_each, shared_thin, hidden
+    )
     result = shared.new_result()
     out = _fake(
         hidden, topk_ids, topk_weights, gate_up, down, local_tokens, metadata, local_expert_start, max_tokens,
@@ -110,10 +112,13 @@ def _run_shared(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], shared_x: Tensor,
     shared_gate_up: Sequence[Tensor], shared_down: Tensor | None, shared_position: int, group_name: str, *,
-    shared_round_each: bool = False, entry_barrier: bool = True, experts_per_rank: int = 0, **options: Any,
+    shared_round_each: bool = False, shared_thin: bool = False, entry_barrier: bool = True, experts_per_rank: int = 0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shared = _shared_expert(shared_x, shared_gate_up, shared_down, shared_position, shared_round_each, hidden)
-    beside = Beside(shared)
+    shared = _shared_expert(
+        shared_x, shared_gate_up, shared_down, shared_position, shared_round_each, shared_thin, hidden
+    )
+    beside = Beside(shared, at_once=shared_position >= 0)
     try:
         ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank}
         ws = resolve(group_name, _OP_SHARED)
@@ -121,7 +126,8 @@ def _run_shared(
         out = moe_combine._run(
             *batch, gate_up, down, local_tokens, metadata, local_expert_start, hidden.shape[0],
             _insert(addends, shared_position, beside.result), group_name,
-            experts_per_rank=experts_per_rank, before_combine=beside.join if shared_position >= 0 else None, **options,
+            experts_per_rank=experts_per_rank,
+            before_combine=beside.join if shared_position >= 0 else beside.go_on, **options,
         )  # fmt: skip
     finally:
         result = beside.join()
@@ -144,7 +150,7 @@ moe_layer = register_op(
 
 moe_layer_shared = register_op(
     f"{_OP_SHARED}({_LAYER}, Tensor shared_x, Tensor[] shared_gate_up, Tensor? shared_down, int shared_position, "
-    f"str group_name, *, bool shared_round_each=False, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"str group_name, *, bool shared_round_each=False, bool shared_thin=False, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_shared,
     cpu=_run_shared,
     cuda=_run_shared,
@@ -152,5 +158,6 @@ moe_layer_shared = register_op(
 )
 """``moe_layer``'s result, and the shared expert's (``shared_expert.SharedExpert``), computed beside it.
 
-``shared_position``: where among the addends the shared expert's result is added, -1 for nowhere.
+``shared_position``: where among the addends the shared expert's result is added, -1 for nowhere. ``shared_thin``: by
+kernels of our own for few rows, with sums in another order.
 """

@@ -5,11 +5,17 @@ joins it again where its result is read; inside one op, so that one CUDA graph h
 the memory of either. All tensors are allocated on the caller's stream and live until the join. On the CPU the same
 steps run one after the other. The bits are those of the code that Inductor generates for the same lines:
 ``silu(gate) * up`` in fp32, rounded once (or after each step, as with ``emulate_precision_casts``).
+
+``thin``, for few rows: two launches of our own in place of the library's three to five. They read the weights at the
+memory's rate, and leave room on every SM, which the library's do not: dispatch waited 14 us for the last of their
+blocks (DeepSeek-V3 on 2 H200s). The first product runs beside dispatch, the last beside the combine, because between
+them the experts use all of the memory's rate anyway. Sums in another order, so other bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,18 +24,21 @@ from torch import Tensor
 
 from .errors import ArgumentError, ShapeError
 from .shapes import check_rank, check_same_device
+from .thin_linear import MAX_ROWS
 
 
 class SharedExpert(NamedTuple):
     """``x (T, H)``; ``gate_up``: gate (H, S) and up (H, S), or one (H, 2S), any strides; ``down (S, H)`` or None.
 
-    Without ``down`` the result is ``act(gate(x)) * up(x)``, (T, S).
+    Without ``down`` the result is ``act(gate(x)) * up(x)``, (T, S). ``thin``: at most ``MAX_ROWS`` rows, and the
+    weights should be transposed views of rows of memory, as ``nn.Linear`` stores them; others are copied.
     """
 
     x: Tensor
     gate_up: Sequence[Tensor]
     down: Tensor | None
     round_each: bool
+    thin: bool = False
 
     @property
     def inner(self) -> int:
@@ -55,32 +64,41 @@ def check_shared(op: str, shared: SharedExpert) -> None:
                 f"{op}: shared_gate_up[{number}] is {tuple(weight.shape)} {weight.dtype}; "
                 f"pass {shape} {shared.x.dtype}."
             )
+    if shared.thin and shared.x.shape[0] > MAX_ROWS:
+        raise ShapeError(f"{op}: shared_thin with {shared.x.shape[0]} rows; pass at most {MAX_ROWS}.")
     if shared.down is not None and (shared.down.dim() != 2 or shared.down.shape[0] != inner):
         raise ShapeError(f"{op}: shared_down has shape {tuple(shared.down.shape)}; pass (S, H) with S = {inner}.")
 
 
 class Beside:
-    """A shared expert under way: ``result`` may be read after ``join``."""
+    """A shared expert under way: ``result`` may be read after ``join``. ``at_once``: nothing waits for ``go_on``."""
 
-    def __init__(self, shared: SharedExpert):
-        self._shared = shared
+    def __init__(self, shared: SharedExpert, at_once: bool = True):
         self.result = shared.new_result()
-        self._side: torch.cuda.Stream | None = None
-        self._held = _temporaries(shared, self.result)
-        if not shared.x.is_cuda:
-            _run(shared, *self._held)
-            return
-        self._side = side = _side_stream(shared.x.device)
-        side.wait_stream(torch.cuda.current_stream(shared.x.device))
-        with torch.cuda.stream(side):
-            _run(shared, *self._held)
+        self._side = _side_stream(shared.x.device) if shared.x.is_cuda else None
+        self._steps = _steps(shared, self.result)  # kept until the join, as they hold what the launches write
+        self._next = 0
+        self._run_until(len(self._steps) if at_once or not shared.thin else 1)
+
+    def go_on(self) -> None:
+        """Start what is left, behind what the caller's stream has been given so far."""
+        self._run_until(len(self._steps))
 
     def join(self) -> Tensor:
         """The caller's stream waits for the result. Safe to repeat."""
+        self.go_on()
         if self._side is not None:
             torch.cuda.current_stream(self.result.device).wait_stream(self._side)
             self._side = None
         return self.result
+
+    def _run_until(self, end: int) -> None:
+        steps, self._next = self._steps[self._next : end], end
+        if steps and self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.result.device))
+        with torch.cuda.stream(self._side):
+            for step in steps:
+                step()
 
 
 _SIDE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
@@ -92,21 +110,18 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return _SIDE_STREAMS[device]
 
 
-def _temporaries(shared: SharedExpert, result: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Where the projections go, ``act(gate) * up``, and the result (the same tensor without ``down``)."""
-    rows = shared.x.shape[0]
-    projected = [shared.x.new_empty(rows, weight.shape[1]) for weight in shared.gate_up]
-    inner = result if shared.down is None else shared.x.new_empty(rows, shared.inner)
-    return projected, inner, result
-
-
-def _run(shared: SharedExpert, projected: list[Tensor], inner: Tensor, result: Tensor) -> None:
-    for weight, out in zip(shared.gate_up, projected):
-        torch.mm(shared.x, weight, out=out)
+def _steps(shared: SharedExpert, result: Tensor) -> list[Callable[[], object]]:
+    """The launches in their order; what they write is allocated here, and lives as long as they do."""
+    x, weights, down = shared.x, shared.gate_up, shared.down
+    inner = result if down is None else x.new_empty(x.shape[0], shared.inner)
+    if shared.thin:
+        steps: list[Callable[[], object]] = [partial(thin_gate_up, x, weights, inner)]
+        return steps if down is None else [*steps, partial(thin_product, inner, down, result)]
+    projected = [x.new_empty(x.shape[0], weight.shape[1]) for weight in weights]
     gate, up = projected if len(projected) == 2 else projected[0].chunk(2, -1)
-    _silu_and_mul(gate, up, inner, shared.round_each)
-    if shared.down is not None:
-        torch.mm(inner, shared.down, out=result)
+    steps = [partial(torch.mm, x, weight, out=out) for weight, out in zip(weights, projected)]
+    steps.append(partial(_silu_and_mul, gate, up, inner, shared.round_each))
+    return steps if down is None else [*steps, partial(torch.mm, inner, down, out=result)]
 
 
 def _silu_and_mul(gate: Tensor, up: Tensor, out: Tensor, round_each: bool) -> None:
@@ -123,3 +138,50 @@ def _silu_and_mul(gate: Tensor, up: Tensor, out: Tensor, round_each: bool) -> No
         gate, up, out, gate.stride(0), up.stride(0), inner, ROUND_EACH=round_each,
         num_warps=4,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
+
+
+# Tiles of the thin kernels: BLOCK_N columns a program. 16 give DeepSeek-V3's 2048 inner columns 128 programs, one an
+# SM; with the rows 72 to 144 KiB are on their way in each, so that dispatch and combine fit in beside it.
+_FIRST = {"BLOCK_N": 16, "PART": 256, "num_stages": 4, "num_warps": 4}
+_LAST = {"BLOCK_N": 32, "PART": 256, "num_stages": 4, "num_warps": 4}
+
+
+def thin_gate_up(x: Tensor, weights: Sequence[Tensor], out: Tensor, **chosen: int) -> None:
+    """``out (T, S) = silu(x @ gate) * (x @ up)``; ``weights`` as in ``SharedExpert``; ``chosen``: other tile sizes."""
+    if out.numel() == 0:
+        return
+    if not x.is_cuda:
+        gate, up = ((x.float() @ weight.float()).to(x.dtype) for weight in _halves(weights))
+        return _silu_and_mul(gate, up, out, False)
+    from .shared_expert_kernels import thin_gate_up_kernel
+
+    gate, up = (weight.t().contiguous() for weight in _halves(weights))
+    (rows, depth), inner, sizes = x.shape, out.shape[1], _FIRST | chosen
+    thin_gate_up_kernel[(-(-inner // sizes["BLOCK_N"]),)](
+        x.contiguous(), gate, up, out, rows, inner, depth, ROWS=_padded(rows), EVEN=depth % sizes["PART"] == 0,
+        **sizes,  # pyright: ignore[reportCallIssue, reportArgumentType]
+    )  # fmt: skip
+
+
+def thin_product(x: Tensor, weight: Tensor, out: Tensor, **chosen: int) -> None:
+    """``out = x @ weight``, with ``weight`` as in ``SharedExpert``."""
+    if out.numel() == 0:
+        return
+    if not x.is_cuda:
+        out.copy_(x.float() @ weight.float())
+        return
+    from .shared_expert_kernels import thin_product_kernel
+
+    (rows, depth), width, sizes = x.shape, out.shape[1], _LAST | chosen
+    thin_product_kernel[(-(-width // sizes["BLOCK_N"]),)](
+        x, weight.t().contiguous(), out, rows, width, depth, ROWS=_padded(rows), EVEN=depth % sizes["PART"] == 0,
+        **sizes,  # pyright: ignore[reportCallIssue, reportArgumentType]
+    )  # fmt: skip
+
+
+def _halves(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    return weights if len(weights) == 2 else weights[0].chunk(2, -1)
+
+
+def _padded(rows: int) -> int:
+    return max(16, 1 << (rows - 1).bit_length())

@@ -12,6 +12,7 @@ from moe_ops.emulator import Rank, run_ranks
 from moe_ops.errors import ArgumentError, ShapeError
 from moe_ops.local_combine import launch_local_combine
 from moe_ops.symmetric import Layout
+from tests.moe_ops.interpreted import run_checks
 
 ops = torch.ops.moe_ep
 M, T, H, K, E, I, S = 6, 4, 32, 2, 4, 16, 24
@@ -85,6 +86,30 @@ def test_without_its_last_product_and_rounded_after_each_step():
     assert torch.equal(each, F.silu(x @ gate) * (x @ up)) and not torch.equal(once, each)
 
 
+@pytest.mark.parametrize("position", [-1, 0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_thin_shared_expert(position: int, fused: bool):
+    """Each product summed in fp32 and rounded once; whatever is added where, as with the library's products."""
+    values, (gate, up, down) = arguments(), shared_weights()
+    weights, x = [torch.cat([gate, up], 1)] if fused else [gate, up], values["hidden"]
+    projected = [(x.float() @ weight.float()).bfloat16().float() for weight in (gate, up)]
+    act = (F.silu(projected[0]) * projected[1]).bfloat16()
+    call = (*values.values(), COUNT, METADATA, 0, M, [], x, weights)
+    out, beside = ops.moe_layer_shared(*call, down, position, "local", shared_thin=True)
+    assert torch.equal(beside, (act.float() @ down.float()).bfloat16())
+    assert torch.equal(out, alone(values, [beside] if position == 0 else []))
+    assert torch.equal(ops.moe_layer_shared(*call, None, -1, "local", shared_thin=True)[1], act)
+
+
+def test_thin_kernels_in_the_interpreter():
+    run_checks("thin_shared_checks.py", interpret=True)
+
+
+@pytest.mark.gpu("1 H200: the compiled kernels, bf16")
+def test_thin_kernels_on_the_gpu():
+    run_checks("thin_shared_checks.py", interpret=False)
+
+
 def local_combines(rank: Rank) -> None:
     """The one-launch combine of a single rank equals the plain steps, rows and pairs, whatever dead rows hold."""
     _ = rank.channel(Layout(1, 4, 40, 3, torch.bfloat16))  # installs the interpreter's hooks
@@ -129,6 +154,8 @@ def test_mistakes_are_named():
     x, call = values["hidden"], (*values.values(), COUNT, METADATA, 0, M, [])
     with pytest.raises(ShapeError, match=r"moe_layer_shared: shared_gate_up\[1\] is \(32, 23\)"):
         ops.moe_layer_shared(*call, x, [gate, up[:, :-1]], down, -1, "local")
+    with pytest.raises(ShapeError, match="shared_thin with 65 rows; pass at most 64"):
+        ops.moe_layer_shared(*call, x.new_zeros(65, H), [gate, up], down, -1, "local", shared_thin=True)
     with pytest.raises(ArgumentError, match="3 tensors in shared_gate_up"):
         ops.moe_layer_shared(*call, x, [gate, up, up], down, -1, "local")
     with pytest.raises(ShapeError, match="shared_position = 0, but the shared expert does not return"):
