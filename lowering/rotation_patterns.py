@@ -19,6 +19,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 _VIEWS = {
     aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
     aten.permute.default, aten.transpose.int, aten.select.int, aten.clone.default,
+    aten.alias.default,
 }  # fmt: skip
 
 

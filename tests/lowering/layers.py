@@ -45,8 +45,11 @@ def routed(
     return ops.rsv_combine(y, count, metadata, x.shape[0], group, **combine)
 
 
-def inference_graph(function: Callable, *args: Any) -> tuple[GraphModule, list[Any]]:
-    """The graph of a function as passes get it, and the example inputs in its order."""
+def inference_graph(function: Callable, *args: Any, **options: Any) -> tuple[GraphModule, list[Any]]:
+    """The graph of a function as passes get it, and the example inputs in its order; ``options`` of ``aot_autograd``.
+
+    With ``keep_inference_input_mutations=True``, as Inductor has it, inputs that change are written inside the graph.
+    """
     found: list[tuple[GraphModule, list[Any]]] = []
 
     def keep(module: GraphModule, fakes: list[Any]) -> Callable:
@@ -57,7 +60,7 @@ def inference_graph(function: Callable, *args: Any) -> tuple[GraphModule, list[A
         return make_boxed_func(call)
 
     torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=keep, decompositions=select_decomp_table())
+    backend = aot_autograd(fw_compiler=keep, decompositions=select_decomp_table(), **options)
     with torch.no_grad(), functorch_config.patch(unlift_effect_tokens=True):
         torch.compile(function, backend=backend, fullgraph=True)(*args)
     ((module, inputs),) = found
