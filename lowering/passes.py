@@ -2,11 +2,15 @@
 
 ===================  ===========================================================================
 hoist_metadata       one ``metadata_update`` a step, however many layers ask for it
+fuse_norm            the next block's RMSNorm, and the adds before it, become part of ``rsv_combine``
 fuse_combine         a cast, scaling and adds that follow ``rsv_combine`` become part of it
 comm_buffers         experts write into the combine's symmetric memory: nothing is copied in between
 join_layer           dispatch joins the experts and their combine: the gathered batch is no tensor any more
 overlap_shared       a shared expert runs beside its layer, on a stream of its own
+thin_shared          a shared expert of few rows runs on kernels that leave room for the layer beside it
+route_rows           rows travel only to and from ranks that hold an expert for them
 unroll_topk          a router's top-k becomes maxima, which Inductor joins with what is around them
+join_attention       norms, rotation and cache writes of a new token become part of its attention
 keep_rotations       sine and cosine of the positions once a step, not in every layer
 merge_products       a small batch times several weights is one launch
 elide_barriers       says of every wait for peers why it stays or is not needed; changes nothing
@@ -14,8 +18,9 @@ agreement            ranks compare what they compiled before they first communic
 ===================  ===========================================================================
 
 The order matters: ``hoist_metadata`` first, because it makes layers alike and shortens the chain of tokens;
-``fuse_combine`` before ``comm_buffers`` and that before ``join_layer``, because each takes what joined before;
-``overlap_shared`` behind them, because it needs the layer's one op, and adds that have joined it;
+``fuse_norm`` before ``fuse_combine``, which takes what it leaves; these before ``comm_buffers`` and that before
+``join_layer``, because each takes what joined before; ``overlap_shared`` behind them, because it needs the layer's one
+op, and adds that have joined it; so does ``route_rows``;
 ``agreement`` last, because it describes what is left. A graph without ops of ``moe_ep`` is left as it is.
 
 The passes of ``INEXACT`` may change bits (another order of a sum, another order of equal scores); they run only where
@@ -33,7 +38,7 @@ from typing import Any, Protocol
 
 from torch.fx import Graph
 
-from moe_ops.workspace import transports_in_use
+from moe_ops.workspace import placements_in_use, transports_in_use
 
 from . import torch_compat
 from .agreement import Agreement
@@ -42,13 +47,17 @@ from .effects import effect_ops, moe_nodes
 from .elide_barriers import ElideBarriers
 from .errors import UnknownPassError
 from .fuse_combine import FuseCombine
+from .fuse_norm import FuseNorm
 from .hoist_metadata import HoistMetadata
+from .join_attention import JoinAttention
 from .join_layer import JoinLayer
 from .keep_rotations import KeepRotations
 from .layer_view import view_layer
 from .merge_products import MergeProducts
 from .overlap_shared import OverlapShared
 from .report import RECENT, GraphReport, Outcome, someone_views_layers
+from .route_rows import RouteRows
+from .thin_shared import ThinShared
 from .unroll_topk import UnrollTopk
 
 
@@ -62,17 +71,21 @@ class Pass(Protocol):
 
 PASSES: tuple[Pass, ...] = (
     HoistMetadata(),
+    FuseNorm(),
     FuseCombine(),
     CommBuffers(),
     JoinLayer(),
     OverlapShared(),
+    ThinShared(),
+    RouteRows(),
     UnrollTopk(),
+    JoinAttention(),
     KeepRotations(),
     MergeProducts(),
     ElideBarriers(),
     Agreement(),
 )
-INEXACT = ("unroll_topk", "merge_products")
+INEXACT = ("fuse_norm", "unroll_topk", "join_attention", "merge_products", "thin_shared")
 ROUNDINGS = ("compiled", "eager")
 NAMES = tuple(p.name for p in PASSES)
 
@@ -121,6 +134,7 @@ class Lowering(torch_compat.graph_pass_base()):
             self.options.rounding,
             self.options.inexact,
             sorted(transports_in_use().items()),
+            sorted((group, tuple(told.splits)) for group, told in placements_in_use().items()),
             user,
         )
 
