@@ -8,7 +8,8 @@
 ``--layers`` layers with their own weights; rounds of them alternate, each replay starts from a barrier; a figure is the
 median over replays of the slowest rank, in µs a layer. ``launches`` are kernels a layer in a profile of one replay,
 router product included; their names and times go to ``--kernels``. Every result is checked before it is timed: exact
-against plain to the bit, lowered against both others.
+against plain to the bit, lowered against both others. ``floor_us``: ``layer_models.floor`` of the rank that touches
+most experts; ``x_plain_most`` and ``x_today_most`` are what the two ratios would be there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 import typer
-from layer_models import SHAPES, Weights, make_weights, ours, today
+from layer_models import SHAPES, Weights, floor, make_weights, ours, today, touched_experts
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -116,16 +117,30 @@ def measure(
     variants.append(capture("today", lambda: today(x, layers, shape, rank, world, reference), len(layers)))
     errors = compare(variants)
     us = alternate(variants, replays)
+    least = least_us(x, layers, count, name, group)
     _, exact, plain, _ = variants
     line = {
         "shape": name, "W": world, "T": tokens, "rounding": rounding,
         **{f"{key}_us": round(value, 1) for key, value in us.items()},
         "x_plain": round(us["plain"] / us["lowered"], 3), "x_today": round(us["today"] / us["lowered"], 3),
+        "floor_us": round(least, 1),
+        "x_plain_most": round(us["plain"] / least, 2), "x_today_most": round(us["today"] / least, 2),
         **{f"{v.name}_launches": round(v.launches, 1) for v in variants},
         **{f"{v.name}_compile_s": round(v.compile_s, 1) for v in variants},
         "bit_equal": torch.equal(exact.result, plain.result), "error_plain": errors[0], "error_today": errors[1],
     }  # fmt: skip
     return line, variants
+
+
+def least_us(x: Tensor, layers: list[Weights], count: Tensor, name: str, group: str) -> float:
+    """The floor of a layer, for the routing that was measured and the rank that touches most experts."""
+    shape, rank, world, seen = SHAPES[name], dist.get_rank(), dist.get_world_size(), []
+    with torch.no_grad():
+        ours(x, layers, count, shape, rank, world, group, seen=seen)
+    local = shape.experts // world
+    touched = torch.tensor([touched_experts(seen, rank * local, local)], device="cuda")
+    dist.all_reduce(touched, op=dist.ReduceOp.MAX)
+    return floor(shape, world, x.shape[0], touched.item())[-1]
 
 
 def compare(variants: list[Variant]) -> list[float]:
@@ -183,6 +198,8 @@ def main(
             None, max_tokens_per_rank=max(sizes), hidden_size=sizes_of.hidden, top_k=sizes_of.top_k, timeout_s=60
         )
         ws.allocate()
+        each = sizes_of.experts // dist.get_world_size()
+        moe_ops.place_experts(ws, rank * each, each)
         stack = [make_weights(sizes_of, rank, dist.get_world_size(), seed) for seed in range(layers)]
         for mode in rounding or ["compiled"]:
             for size in sizes:

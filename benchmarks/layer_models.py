@@ -1,4 +1,7 @@
-"""The layers that benchmarks measure: one source with the ops of ``moe_ep``, one as people write it today."""
+"""The layers that benchmarks measure: one source with the ops of ``moe_ep``, one as people write it today.
+
+Weights lie as transformers holds them: products are ``F.linear``. ``floor`` is what no code could go below.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ SHAPES = {
 
 @dataclass
 class Weights:
-    """One layer on one rank: router (H, E), experts (E_l, 2I, H) and (E_l, H, I), shared (H, 2S) and (S, H)."""
+    """One layer on one rank: router (E, H), experts (E_l, 2I, H) and (E_l, H, I), shared (2S, H) and (H, S)."""
 
     router: Tensor
     gate_up: Tensor
@@ -51,10 +54,10 @@ def make_weights(shape: Shape, rank: int, world: int, seed: int) -> Weights:
 
     local = shape.experts // world
     shared = (
-        [tensor(1, shape.hidden, 2 * shape.shared), tensor(2, shape.shared, shape.hidden)] if shape.shared else None
+        [tensor(1, 2 * shape.shared, shape.hidden), tensor(2, shape.hidden, shape.shared)] if shape.shared else None
     )
     return Weights(
-        tensor(0, shape.hidden, shape.experts),
+        tensor(0, shape.experts, shape.hidden),
         tensor(10 + 2 * rank, local, 2 * shape.inner, shape.hidden),
         tensor(11 + 2 * rank, local, shape.hidden, shape.inner),
         *(shared or (None, None)),
@@ -63,7 +66,7 @@ def make_weights(shape: Shape, rank: int, world: int, seed: int) -> Weights:
 
 def route(x: Tensor, weights: Weights, top_k: int) -> tuple[Tensor, Tensor]:
     """Softmax router with renormalised weights (T, K), and ids."""
-    chosen, ids = (x @ weights.router).float().softmax(-1).topk(top_k, -1)
+    chosen, ids = F.linear(x, weights.router).float().softmax(-1).topk(top_k, -1)
     return (chosen / chosen.sum(-1, keepdim=True)).to(x.dtype), ids
 
 
@@ -78,17 +81,26 @@ def add_shared(routed: Tensor, x: Tensor, weights: Weights) -> Tensor:
     """``routed`` plus the shared expert of x, if there is one."""
     if weights.shared_gate_up is None or weights.shared_down is None:
         return routed
-    gate, up = (x @ weights.shared_gate_up).chunk(2, -1)
-    return routed + (F.silu(gate) * up) @ weights.shared_down
+    gate, up = F.linear(x, weights.shared_gate_up).chunk(2, -1)
+    return routed + F.linear(F.silu(gate) * up, weights.shared_down)
 
 
-def ours(x: Tensor, layers: list[Weights], count: Tensor, shape: Shape, rank: int, world: int, group: str) -> Tensor:
-    """The layers with the ops of ``moe_ep``; every layer asks for its metadata, as models do."""
+def ours(
+    x: Tensor, layers: list[Weights], count: Tensor, shape: Shape, rank: int, world: int, group: str, *,
+    fixed: Tensor | None = None, seen: list[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """The layers with the ops of ``moe_ep``; every layer asks for its metadata, as models do.
+
+    ``fixed``: what the routers look at instead of x, so that other layers choose the same experts. ``seen``: gets the
+    ids (M, K) that this rank's experts were given, layer by layer.
+    """
     start, gathered = rank * (shape.experts // world), world * x.shape[0]
     for weights in layers:
         metadata = ops.metadata_update(count, group)
-        chosen, ids = route(x, weights, shape.top_k)
+        chosen, ids = route(x if fixed is None else fixed, weights, shape.top_k)
         rows, ids, chosen = ops.agv_dispatch(x, ids, chosen, count, metadata, gathered, group)
+        if seen is not None:
+            seen.append(ids)
         y = ops.fused_moe(rows, ids, chosen, weights.gate_up, weights.down, metadata[0:1], start)
         x = x + add_shared(ops.rsv_combine(y, count, metadata, x.shape[0], group), x, weights)
     return x
@@ -122,3 +134,29 @@ def today(x: Tensor, layers: list[Weights], shape: Shape, rank: int, world: int,
         routed = collectives.reduce_scatter_tensor(y, "sum", 0, group) if world > 1 else y
         x = x + add_shared(routed, x, weights)
     return x
+
+
+# One H200 reads at most 4.37 TB/s; a peer's stores arrive at 381 GB/s, loads at 363. An exchange of all ranks that
+# moves nothing takes 3.0 us on two and 3.2 on four (benchmarks/bench_comm.py, ``barrier``); a layer has two.
+READ, PUSH, PULL, EXCHANGE = 4.37e6, 381e3, 363e3, {1: 0.0, 2: 3.0, 4: 3.2}  # bytes a us; us
+
+
+def floor(shape: Shape, world: int, tokens: int, touched: float) -> tuple[float, float, float]:
+    """Least us of a layer's experts, of its two exchanges, and of the whole, on a rank that reads ``touched`` experts.
+
+    The experts' rows come from the first exchange and go into the second, so these add up. A router's and a shared
+    expert's bytes need not wait for anybody, but share the memory's rate.
+    """
+    element = 2
+    experts = touched * 3 * shape.hidden * shape.inner * element / READ
+    rest = (shape.experts + 3 * shape.shared) * shape.hidden * element / READ
+    wanted = 1 - (1 - 1 / world) ** shape.top_k  # rows with an expert here
+    arriving = wanted * (world - 1) * tokens * shape.hidden * element
+    exchanges = 2 * EXCHANGE[world] + arriving / PUSH + arriving / PULL if world > 1 else 0.0
+    return experts, exchanges, experts + max(rest, exchanges)
+
+
+def touched_experts(seen: list[Tensor], start: int, count: int) -> float:
+    """How many of ``count`` local experts a layer's ids name, the mean over layers."""
+    local = [ids[(ids >= start) & (ids < start + count)].unique().numel() for ids in seen]
+    return sum(local) / len(local)

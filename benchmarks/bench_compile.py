@@ -1,0 +1,106 @@
+"""How long a decode step takes to compile: lowered, lowered with passes that may change bits, and not lowered.
+
+    python benchmarks/bench_compile.py
+
+The step that ``graphs.DecodeLoop`` compiles, of a model with ``--layers`` layers of true dimensions on one device. Every
+figure is the median over ``--rounds`` fresh processes with empty caches (Inductor's and Triton's), the three ways in
+turn: seconds from the first call to its result, with tracing, passes, Triton and the first launches of our own kernels
+in it, but without imports and weights. ``kernels``: Triton kernels that Inductor wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+WAYS = ("plain", "exact", "inexact")
+
+
+def compile_once(way: str, model: str, layers: int, batch: int) -> dict:
+    """In this process: seconds to the first result, and how many Triton kernels were written for it."""
+    from decode_models import OurStep, build, config_of
+
+    import graphs
+    import lowering
+    from graphs.attention import use_decode_attention
+    from graphs.hf_slots import adapt_attention
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    built = build(config_of(model, layers, 64), device)
+    graphs.shard_experts(built, None, max_tokens_per_rank=batch)
+    if device.type == "cuda":
+        use_decode_attention(built)
+    adapt_attention(built)
+    lowering.disable() if way == "plain" else lowering.enable(inexact=way == "inexact")
+    with torch.no_grad():
+        step = OurStep(built, batch, 64)
+        step.fill(8)
+        options = {"triton.cudagraphs": True} if device.type == "cuda" else None
+        compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        _wait()
+        began = time.perf_counter()
+        compiled()
+        _wait()
+    seconds = time.perf_counter() - began
+    written = sum(path.read_text().count("@triton.jit") for path in _cache().rglob("*.py"))
+    return {"way": way, "seconds": round(seconds, 2), "kernels": written}
+
+
+def _cache() -> Path:
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_fresh_process(way: str, model: str, layers: int, batch: int) -> dict:
+    """``compile_once`` where nothing has been compiled before."""
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {name: f"{folder}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        command = [sys.executable, __file__, "--child", way, "--model", model, "--layers", str(layers)]
+        done = subprocess.run(
+            [*command, "--batch", str(batch)], env=os.environ | caches, capture_output=True, text=True, timeout=300
+        )
+    if done.returncode:
+        raise RuntimeError(f"{way}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(
+    model: str = "qwen3-30b-a3b",
+    layers: int = 12,
+    batch: int = 16,
+    rounds: int = 3,
+    out: Annotated[Path | None, typer.Option(help="JSON of all processes")] = None,
+    child: Annotated[str | None, typer.Option(help="compile this way, here and once", hidden=True)] = None,
+) -> None:
+    """A line each way: median seconds, and its ratio to plain."""
+    if child:
+        print(json.dumps(compile_once(child, model, layers, batch)))
+        return
+    lines = []
+    for _ in range(rounds):
+        for way in WAYS:
+            lines.append(in_fresh_process(way, model, layers, batch))
+            print(json.dumps(lines[-1]), flush=True)
+    seconds = {way: statistics.median(line["seconds"] for line in lines if line["way"] == way) for way in WAYS}
+    for way, median in seconds.items():
+        print(f"{way}: {median:.2f} s, {median / seconds['plain']:.2f} x plain")
+    if out is not None:
+        out.write_text(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)
