@@ -131,9 +131,9 @@ def _normalised(rows: Tensor, norm: Norm) -> Tensor:
 
 
 def whole_rows(width: int) -> tuple[int, int]:
-    """``(octets, warps)`` of a program that holds a row of ``width`` elements: two octets a thread, or fewer."""
+    """``(octets, warps)`` of a program that holds a row of ``width``: one octet a thread, two above H = 4096."""
     octets = max(32, 1 << (-(-width // 8) - 1).bit_length())
-    return octets, max(1, octets // 64)
+    return octets, min(octets // 32, 16)
 
 
 def kernel_norm(norm: Norm | None, out: Tensor) -> tuple[tuple, int]:

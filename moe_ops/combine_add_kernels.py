@@ -201,7 +201,6 @@ def _combine_add_kernel(
     for unit in tl.range(first_unit(offset * segments), (offset + num_rows) * segments, tl.num_programs(0)):
         row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         loaded = _load_addends(addends, row - offset, octet, octet < octets, ADDENDS, ALIGNED_OUT)
-        weight = _load_addends((norm.weight,), row * 0, octet, octet < octets, 1 if NORM else 0, ALIGNED_OUT)
         values, ranks = (), -1
         if ROUTED:
             ranks = ranks_of(routing_rows(routing, TOP_K), row, live_end, routing.experts_per_rank, ROUTED)
@@ -210,6 +209,8 @@ def _combine_add_kernel(
             inside, at = (chunk < chunks) & (row < live_end), (row * chunks + chunk) * 16
             at = _addresses(bases, at, at, -1, COUNT)
             values = values + _sum_over_ranks(at, inside, ranks, COUNT, DTYPE, MULTICAST)
+        # not earlier: with the rows of eight peers in flight no registers are left for it
+        weight = _load_addends((norm.weight,), row * 0, octet, octet < octets, 1 if NORM else 0, ALIGNED_OUT)
         values = _join(values, loaded, scale, OUT, ADDENDS, ROUND_EACH)
         store_rows(out, row - offset, num_rows, octet, values, norm, weight, octet < octets, NORM, ALIGNED_OUT)
     leave(peers, call)

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from moe_ops.barrier import Peers
 from moe_ops.chunks import Place, Rows, Slots
+from moe_ops.combine_add_kernels import NormRow, Routing, _combine_add_kernel
 from moe_ops.combine_from_kernels import _combine_from_kernel
 from moe_ops.combine_kernels import _combine_kernel
 from moe_ops.dispatch_into_kernels import _dispatch_into_kernel
@@ -50,13 +51,17 @@ KERNELS = {
     "metadata": _metadata_kernel,
     "dispatch": _dispatch_kernel,
     "combine": _combine_kernel,
+    "combine_add": _combine_add_kernel,
     "dispatch_into": _dispatch_into_kernel,
     "combine_from": _combine_from_kernel,
 }
 
 
 class Variant(NamedTuple):
-    """One compiled kernel. ``aligned``: all rows are whole 16-byte chunks; ``alone``: with both barriers."""
+    """One compiled kernel. ``aligned``: all rows are whole 16-byte chunks; ``alone``: with both barriers.
+
+    ``norm``: of ``combine_add``, which sums pairs and adds one tensor.
+    """
 
     kernel: str
     multicast: bool = False
@@ -68,6 +73,7 @@ class Variant(NamedTuple):
     chunks: int = 256
     alone: bool = False
     routed: bool = False
+    norm: int = 0
 
 
 def _rows(kind: str) -> Rows:
@@ -96,6 +102,10 @@ def _signature(variant: Variant) -> dict[str, Any]:
         common |= {"ids": _rows("i32"), "experts_per_rank": "i32"}
         return common | counts | limits | {"num_rows": "i32"}
     common["slots"] = Slots("i64", "i64", "i32")
+    if variant.kernel == "combine_add":
+        common |= {"source": rows, "routing": Routing("*i64", "*fp32", "i32", "i32", "i32"), "out": rows}
+        common |= {"addends": (rows,), "scale": "fp32", "norm": NormRow(rows, "fp32", "fp32")}
+        return common | counts | limits | {"num_rows": "i32"}
     if variant.kernel == "dispatch":
         return common | {"source": batch, "out": batch} | counts | limits
     return common | {"source": rows, "out": rows} | counts | limits | {"num_rows": "i32"}
@@ -114,6 +124,8 @@ def _constants(variant: Variant) -> dict[str, Any]:
             | {"EXIT": variant.alone, "ROUTED": 8 * variant.routed}
         )
     values |= {"ALIGNED_IN": variant.aligned, "ALIGNED_OUT": variant.aligned}
+    if variant.kernel == "combine_add":
+        values |= {"TOP_K": 8, "ADDENDS": 1, "ROUND_EACH": False, "NORM": variant.norm, "ROUTED": 8 * variant.routed}
     if variant.kernel == "dispatch":
         values |= {"R": 32 * variant.warps, "ALIGNED_ROUTING": variant.aligned}
     return values

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_ops import ptx
+from moe_ops.combine_add import whole_rows
 from moe_ops.emulator import machine
 from tests.moe_ops.compiled import (
     EXPECTED_VARIANTS,
@@ -35,11 +36,22 @@ BUFFERS = [
     for aligned, alone in ((True, False), (True, True), (False, True))
     for arch in ARCHS
 ]
+# The combine of a layer, W = 2 to 8, and with a norm: whole rows of H = 2048, 4096 and 7168 (``whole_rows``).
+JOINED = [Variant("combine_add", world=world, warps=4) for world in (2, 8)]
+JOINED += [
+    Variant("combine_add", multicast, True, arch, world, warps=warps, chunks=octets, norm=1)
+    for octets, warps in map(whole_rows, (2048, 4096, 7168))
+    for world, multicast in ((2, False), (4, True), (8, False))
+    for arch in ARCHS
+]
+JOINED += [Variant("combine_add", aligned=False, warps=4, norm=2), Variant("combine_add", routed=True, norm=2)]
 BUFFERS += [Variant(kernel, routed=True, arch=arch) for kernel in ("dispatch_into", "combine_from") for arch in ARCHS]
+NO_SPILLS = [Variant("metadata", arch=arch) for arch in ARCHS] + DATA + BUFFERS + JOINED
 
 
 def name_of(variant: Variant) -> str:
-    return f"{expected_file(variant).stem}-{'aligned' if variant.aligned else 'ragged'}-sm{variant.arch}"
+    joined = f"-w{variant.world}-{variant.chunks}-norm{variant.norm}" if variant.kernel == "combine_add" else ""
+    return f"{expected_file(variant).stem}-{'aligned' if variant.aligned else 'ragged'}{joined}-sm{variant.arch}"
 
 
 def addresses(array: np.ndarray, stride: int = 16) -> np.ndarray:
@@ -191,7 +203,7 @@ def test_chunks_are_stored_once(variant: Variant):
         assert layout.per_thread * layout.threads * layout.warps <= layout.elements
 
 
-@pytest.mark.parametrize("variant", [Variant("metadata", arch=arch) for arch in ARCHS] + DATA + BUFFERS, ids=name_of)
+@pytest.mark.parametrize("variant", NO_SPILLS, ids=name_of)
 def test_no_spills(variant: Variant):
     cubin = disassemble(variant)
     assert cubin.stack == 0
@@ -206,3 +218,14 @@ def test_all_peers_are_loaded_before_the_first_addition(kernel: str, copies: int
     loads = [i for i, line in enumerate(code) if "LDG.E.128" in line]
     assert len(loads) == world + copies  # copies into the own slot
     assert max(loads) < first
+
+
+def test_a_norm_adds_one_reduction_of_the_block():
+    """Two block barriers, for the sum of squares; no memory is asked for twice."""
+    plain, norm = (Variant("combine_add", world=2, warps=8, norm=kind) for kind in (0, 1))
+    forms = [dict(map(reversed, map(str.split, ptx_forms(v).splitlines()))) for v in (plain, norm)]
+    count_of = [{form: int(number) for form, number in found.items()} for found in forms]
+    more = {form: count_of[1][form] - count_of[0].get(form, 0) for form in count_of[1]}
+    assert {form: number for form, number in more.items() if number and not form.startswith("cvt")} == {
+        "bar.sync": 2, "ld.global.v4.b32": 1, "st.global.v4.b32": 1
+    }  # fmt: skip
