@@ -93,6 +93,26 @@ def check_joined_kernels(group: str, rank: int, world: int) -> None:
             assert torch.equal(routed, joined), (rows, live)
 
 
+def check_norm(group: str, rank: int, world: int) -> None:
+    """A combine that normalises: rows as without, bit for bit; their norm but for the order of a sum."""
+    local = E // world
+    for rows, round_first in ((1, True), (3, False), (T, True), (64, False)):
+        gate_up, down = tensor(3 + rank, local, 2 * I, H, scale=H**-0.5), tensor(7 + rank, local, H, I, scale=I**-0.5)
+        ids = torch.randint(0, E, (rows, K), generator=torch.Generator("cuda").manual_seed(5 + rank), device="cuda")
+        weights, weight = torch.rand(rows, K, device="cuda"), tensor(30, H)
+        norm = {"norm_weight": weight, "norm_eps": 1e-6, "norm_round_first": round_first}
+        for live in {0, rows // 2, rows}:
+            count = torch.tensor([max(live - rank, 0)], dtype=torch.int32, device="cuda")
+            metadata = ops.metadata_update(count, group)
+            call = (tensor(4 + rank, rows, H), ids, weights, gate_up, down, count, metadata, rank * local, world * rows)
+            x = ops.moe_layer(*call, [tensor(8 + rank, rows, H)], group)
+            both = ops.moe_layer(*call, [tensor(8 + rank, rows, H)], group, **norm)
+            wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+            want = weight * wide.to(x.dtype) if round_first else (weight * wide).to(x.dtype)
+            assert torch.equal(both[0], x), (rows, live)
+            torch.testing.assert_close(both[1], want, rtol=2**-6, atol=0.0)
+
+
 def check_shared_expert(call: tuple, joined: Tensor, addends: list[Tensor], group: str) -> None:
     """Beside the layer: the bits of Inductor's own code, and no influence on the layer."""
     x, width = call[0], 384
@@ -181,6 +201,8 @@ def main() -> None:
     checks: list[tuple[str, Callable[[], None]]] = [
         ("joined kernels", lambda: check_joined_kernels(ws.group_name, rank, world)),
         ("joined kernels, W = 1", lambda: check_joined_kernels("local", 0, 1)),
+        ("norm", lambda: check_norm(ws.group_name, rank, world)),
+        ("norm, W = 1", lambda: check_norm("local", 0, 1)),
     ]
     for shared in ("none", "added", "gated", "wide"):
         checks.append((f"model, {shared}", lambda s=shared: check_model(s, ws.group_name, rank, world, ws.transport)))
