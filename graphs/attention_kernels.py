@@ -49,40 +49,6 @@ def attend_columns(
 
 
 @triton.jit
-def attend_in_parts(
-    q, k_ptr, v_ptr, mask_ptr, pair, low, high, without, scale, length, top, total, sums,
-    DEPTH: tl.constexpr, DEPTH_V: tl.constexpr, DEPTH_PAD: tl.constexpr, DEPTH_V_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """As ``attend_columns``, PARTS blocks at a time, each with a softmax of its own until the end: a shorter chain."""
-    part, depth, depth_v = tl.arange(0, PARTS)[:, None], tl.arange(0, DEPTH_PAD), tl.arange(0, DEPTH_V_PAD)
-    q = tl.broadcast_to(q[None], (PARTS, q.shape[0], DEPTH_PAD))
-    top = tl.where(part == 0, top[None], float("-inf"))
-    total = tl.where(part == 0, total[None], 0.0)
-    sums = tl.where(part[:, :, None] == 0, sums[None], 0.0)
-    for start in range(low, high, BLOCK * PARTS):
-        column = start + part * BLOCK + tl.arange(0, BLOCK)[None, :]
-        keep = (tl.load(mask_ptr + column, mask=column < high, other=0) != 0) & (column != without)
-        at = (pair * length + column)[:, :, None]
-        inside = keep[:, :, None] & (depth < DEPTH)[None, None, :]
-        k = tl.load(k_ptr + at * DEPTH + depth[None, None, :], mask=inside, other=0.0)
-        scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
-        scores = scores * (tl.cast(scale, tl.float32) * 1.4426950408889634)
-        scores = tl.where(keep[:, None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 2))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, :, None])
-        shrink = tl.exp2(top - base)
-        inside = keep[:, :, None] & (depth_v < DEPTH_V)[None, None, :]
-        v = tl.load(v_ptr + at * DEPTH_V + depth_v[None, None, :], mask=inside, other=0.0)
-        sums = sums * shrink[:, :, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total, top = total * shrink + tl.sum(weights, 2), higher
-    highest = tl.max(top, 0)
-    shrink = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[None])
-    return highest, tl.sum(total * shrink, 0), tl.sum(sums * shrink[:, :, None], 0)
-
-
-@triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, stats_ptr, mask_stride, scale, kv_heads, length,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_V: tl.constexpr,

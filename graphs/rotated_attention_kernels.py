@@ -5,9 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_ops.ptx import prefetch_l2
-
-from .attention_kernels import attend_columns, attend_in_parts, live_range
+from .attention_kernels import attend_columns, live_range
 
 
 @triton.jit
@@ -31,39 +29,24 @@ def prepared(x_ptr, inside, depth, norm_ptr, eps, cos_ptr, sin_ptr, TURNED: tl.c
 
 
 @triton.jit
-def _prefetch(cache_ptr, column, count, DEPTH: tl.constexpr):
-    """Ask for ``count`` columns of a cache; rows of a whole number of 16 bytes."""
-    size = count * DEPTH * (cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    prefetch_l2((cache_ptr + column * DEPTH).to(tl.int64, bitcast=True), size.to(tl.int32))
-
-
-@triton.jit
 def _rotate_and_attend_kernel(
     new, norms, query_eps, key_eps, angles, cache, columns_ptr, mask_ptr, out_ptr, stats_ptr, mask_stride, scale,
     kv_heads, length,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, DEPTH_V: tl.constexpr,
     DEPTH_PAD: tl.constexpr, DEPTH_V_PAD: tl.constexpr, TURNED: tl.constexpr, NORMS: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr,
-    HINT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As ``_attend_kernel``, and the same grid, with the new token prepared first.
 
     ``new``: query, key, value; ``norms``: their weights, or anything where NORMS says there is none; ``angles``: cos,
     sin; ``cache``: keys, values. Every program of a key head prepares its queries. The one in whose span the new column
-    lies writes key and value there and starts its softmax with them; no program reads that column. HINT: while the
-    kernel before still runs, what the mask says then (perhaps no longer later) is asked for.
+    lies writes key and value there and starts its softmax with them; no program reads that column.
     """
     pair = tl.program_id(0).to(tl.int64)  # sequence * kv_heads + key head
     sequence, first = pair // kv_heads, tl.program_id(1) * SPAN
     row, depth, depth_v = tl.arange(0, ROWS), tl.arange(0, DEPTH_PAD)[None, :], tl.arange(0, DEPTH_V_PAD)[None, :]
     mask_ptr += sequence * mask_stride
-    if HINT:
-        low, high = live_range(mask_ptr, first, length, SPAN, BLOCK)
-        if low < high:
-            _prefetch(cache[0], pair * length + low, high - low, DEPTH)
-            _prefetch(cache[1], pair * length + low, high - low, DEPTH_V)
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     low, high = live_range(mask_ptr, first, length, SPAN, BLOCK)
     cos_ptr, sin_ptr = angles[0] + sequence * TURNED, angles[1] + sequence * TURNED
@@ -87,16 +70,10 @@ def _rotate_and_attend_kernel(
     top = tl.where(seen, score, float("-inf"))
     total = tl.where(seen, 1.0, 0.0) + tl.zeros((ROWS,), tl.float32)
     sums = tl.where(seen, v.to(tl.float32), 0.0) + tl.zeros((ROWS, DEPTH_V_PAD), tl.float32)
-    if PARTS == 1:
-        top, total, sums = attend_columns(
-            q, cache[0], cache[1], mask_ptr, pair, low, high, column, scale, length, top, total, sums,
-            DEPTH, DEPTH_V, DEPTH_PAD, DEPTH_V_PAD, BLOCK,
-        )  # fmt: skip
-    else:
-        top, total, sums = attend_in_parts(
-            q, cache[0], cache[1], mask_ptr, pair, low, high, column, scale, length, top, total, sums,
-            DEPTH, DEPTH_V, DEPTH_PAD, DEPTH_V_PAD, BLOCK, PARTS,
-        )  # fmt: skip
+    top, total, sums = attend_columns(
+        q, cache[0], cache[1], mask_ptr, pair, low, high, column, scale, length, top, total, sums,
+        DEPTH, DEPTH_V, DEPTH_PAD, DEPTH_V_PAD, BLOCK,
+    )  # fmt: skip
     result = sums / tl.where(total > 0, total, 1.0)[:, None]
     place = heads * SPANS + tl.program_id(1)
     inside = (row < GROUP)[:, None] & (depth_v < DEPTH_V)

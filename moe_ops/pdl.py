@@ -4,8 +4,6 @@ Rules that keep it safe, for a chain of our own launches:
 the first of a chain is launched the ordinary way (what runs before is not ours, so it must have ended);
 every later one waits (``gdc_wait``) in every program, before it touches what the chain wrote and before
 its own writes; so the end of a kernel implies the end of all before it.
-A link may also follow a kernel that is not ours and lets nobody start early: then it begins when that has ended.
-Before it waits, a link may read what no kernel of the graph writes (weights), and use anything else as a hint only.
 """
 
 from __future__ import annotations

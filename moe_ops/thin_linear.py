@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError
-from .pdl import chain_link
 from .registration import register_op
 from .shapes import CPU_HIDDEN_DTYPES, HALF_DTYPES, check_dtype, check_rank, check_same_device
 
@@ -69,9 +68,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], **chosen: int) -> list[Tensor]:
     if rows == 0:
         return outs
     widths = [weight.shape[0] for weight in weights]
-    early = chain_link(True, x.device)
-    prefetch = early["PDL"] and depth * x.element_size() % 16 == 0 and _aligned(weights)
-    sizes = early | {"PREFETCH": prefetch} | tiles(rows, widths) | chosen
+    sizes = tiles(rows, widths) | chosen
     sizes["EVEN_K"] = depth % (sizes["PARTS"] * sizes["PART"]) == 0
     programs = sum(-(-width // sizes["BLOCK_N"]) for width in widths)
     _thin_linear_kernel[(programs,)](
@@ -79,10 +76,6 @@ def launch(x: Tensor, weights: Sequence[Tensor], **chosen: int) -> list[Tensor]:
         **{"num_warps": 4} | sizes,  # pyright: ignore[reportCallIssue, reportArgumentType]
     )  # fmt: skip
     return outs
-
-
-def _aligned(weights: Sequence[Tensor]) -> bool:
-    return all(weight.data_ptr() % 16 == 0 for weight in weights)
 
 
 def _cuda(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

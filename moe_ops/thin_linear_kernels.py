@@ -5,20 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ptx import prefetch_l2
-
-
-@triton.jit
-def _start_early(w_ptr, first, width, depth, BLOCK_N: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
-    """While the kernel before still runs, ask for this program's weights; then wait for it."""
-    if PREFETCH:
-        start = w_ptr + first.to(tl.int64) * depth
-        size = tl.minimum(BLOCK_N, width - first) * depth * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch_l2(start.to(tl.int64, bitcast=True), size.to(tl.int32))
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()  # not before: what starts now may read what was written before this
-
 
 @triton.jit
 def _product_whole(
@@ -73,7 +59,6 @@ def _product_in_parts(
 def _thin_linear_kernel(
     x_ptr, weights, outs, widths, rows, depth,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EVEN_K: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``outs[i] (rows, widths[i]) = x (rows, depth) @ weights[i] (widths[i], depth).T`` for every i.
 
@@ -86,7 +71,6 @@ def _thin_linear_kernel(
         tiles = tl.cdiv(widths[i], BLOCK_N)
         if (tile >= 0) & (tile < tiles):
             first = tile * BLOCK_N
-            _start_early(weights[i], first, widths[i], depth, BLOCK_N, PREFETCH, PDL)
             if PARTS == 1:
                 _product_whole(x_ptr, weights[i], outs[i], first, widths[i], rows, depth, ROWS, BLOCK_N, PART, EVEN_K)
             else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -23,7 +21,9 @@ SIZES = [  # batch, heads, key heads, length, depth, depth of values, columns th
 ]
 
 
-def token(batch: int, heads: int, kv_heads: int, length: int, depth: int, depth_v: int, turned: int, norms: bool) -> Any:
+def token(
+    batch: int, heads: int, kv_heads: int, length: int, depth: int, depth_v: int, turned: int, norms: bool
+) -> NewToken:  # fmt: skip
     """A new token at a column of its own in every row; before it a prefix, a window, holes or nothing is seen."""
     generator = torch.Generator(DEVICE).manual_seed(length)
 
@@ -52,7 +52,7 @@ def with_own_cache(given: NewToken) -> NewToken:
 
 
 @pytest.mark.parametrize("norms", [True, False])
-@pytest.mark.parametrize("chosen", [{}, {"span": 128}, {"PARTS": 4, "num_stages": 2}, {"span": 256, "BLOCK": 16}])
+@pytest.mark.parametrize("chosen", [{}, {"span": 128}, {"span": 256, "BLOCK": 16}])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_kernel_equals_plain_torch(sizes: tuple[int, ...], chosen: dict[str, int], norms: bool):
     given = token(*sizes, norms)

@@ -83,7 +83,7 @@ reshape_default_4 = reshape(sin, [3, 8])
 reshape_default_5 = reshape(unsqueeze_5, [3])
 rotate_and_attend_default = rotate_and_attend(reshape_default, reshape_default_1, reshape_default_2, in5, in6, 1e-06, 1e-06, reshape_default_3, reshape_default_4, in7, in8, reshape_default_5, in9, 0.5)
 view_3 = view(rotate_and_attend_default, [3, 32])
-return (view_3)""")
+return (view_3)""")  # noqa: E501
 
 
 @pytest.mark.parametrize("width", [DEPTH, DEPTH // 2], ids=["all columns", "half of them"])
