@@ -40,6 +40,7 @@ class Plan:
     """``pairs > 0``: the few-rows kernels, that many pairs a chunk. ``pairs == 0``: align, then persistent kernels.
 
     ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent programs per SM;
+    ``rest`` (many rows, blocks of 128, ``programs`` 1): a last round with few tiles is launched in quarters of tiles;
     ``tma`` bulk copies of weights where their strides allow; ``pdl`` programmatic dependent launch;
     ``prefetch`` bytes a program of the second few-rows kernel asks L2 for before the first one ends (16 | prefetch);
     ``prefetch_up`` bytes of each part that one of the first asks for at its start.
@@ -54,6 +55,7 @@ class Plan:
     pairs: int = 0
     group: int = 8
     programs: int = 1
+    rest: bool = False
     tma: bool = True
     pdl: bool = True
     prefetch: int = 0

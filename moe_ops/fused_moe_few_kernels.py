@@ -14,69 +14,96 @@ from .ptx import prefetch_l2
 
 
 @triton.jit
-def chunk_experts(
-    ids_ptr, chunk, num_pairs, all_pairs, expert_start, num_experts, PAIRS: tl.constexpr, BY_PAIR: tl.constexpr
+def load_ids(ids_ptr, chunk, all_pairs, PAIRS: tl.constexpr):
+    """Expert ids of a chunk's pairs. The bound is the static one: the live count would be waited for first."""
+    pair = chunk + tl.arange(0, PAIRS)
+    return tl.load(ids_ptr + pair, mask=pair < all_pairs, other=-1)
+
+
+@triton.jit
+def local_experts(
+    ids, chunk, num_pairs, expert_start, num_experts, PAIRS: tl.constexpr, BY_PAIR: tl.constexpr
 ):  # fmt: skip
     """Local experts ``(PAIRS,)`` of a chunk's pairs, -1 where there is none, and how many slots they make."""
-    pair = chunk + tl.arange(0, PAIRS)
-    # loaded up to the static bound: masked by the live count, this load would wait for that one
-    ids = tl.load(ids_ptr + pair, mask=pair < all_pairs, other=-1)
+    live = chunk + tl.arange(0, PAIRS) < num_pairs
     # compared before narrowing: a wild int64 id must not wrap into range
-    local = (ids >= expert_start) & (ids < expert_start + num_experts) & (pair < num_pairs)
+    local = (ids >= expert_start) & (ids < expert_start + num_experts) & live
     slots = tl.sum(local.to(tl.int32)) if BY_PAIR else num_experts
     return tl.where(local, ids - expert_start, -1).to(tl.int32), slots
 
 
 @triton.jit
 def slot_expert(experts, slot, PAIRS: tl.constexpr, BY_PAIR: tl.constexpr):
-    """The local expert that ``slot`` serves in this chunk, and the rank of each pair among its pairs.
+    """The local expert that ``slot`` serves in this chunk, which pairs are its own, and their number.
 
     ``BY_PAIR`` (fewer pairs than experts): slot s serves the expert of the s-th local pair, if no earlier one has it.
-    Returns ``(expert, rank (PAIRS,), count)``; rank is -1 at pairs of others, count 0 when idle.
-    Example: experts [7, -1, 3, 7], slot 0: rank [0, -1, -1, 1], count 2; slot 2: count 0.
+    Example: experts [7, -1, 3, 7], slot 0: 7, [1, 0, 0, 1], 2; slot 2: 7, none, 0.
     """
     if BY_PAIR:
         local = experts >= 0
         nth = tl.where(local, tl.cumsum(local.to(tl.int32), 0) - 1, PAIRS)
         expert = tl.sum(tl.where(nth == slot, experts, 0))
-        hit = (experts == expert) & (tl.min(tl.where(experts == expert, nth, PAIRS)) == slot)
+        first = tl.min(tl.where(experts == expert, nth, PAIRS))
+        own = experts == tl.where(first == slot, expert, -2)
     else:
         expert = slot
-        hit = experts == slot
-    ones = hit.to(tl.int32)
-    return expert, tl.where(hit, tl.cumsum(ones, 0) - 1, -1), tl.sum(ones)
+        own = experts == slot
+    return expert, own, tl.sum(own.to(tl.int32))
 
 
 @triton.jit
-def block_pairs(rank, chunk, first, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, ONE_HOT: tl.constexpr = 4096):
-    """Pair indices (int64) of ranks ``first ... first + BLOCK_M - 1``, and these ranks; no scratch memory.
+def block_pairs(own, count, chunk, first, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, ONE_HOT: tl.constexpr = 4096):
+    """The expert's pairs ``first ... first + BLOCK_M - 1`` (indices, int64), and which of them there are.
 
-    Small tables are matched as a whole (32 registers a thread); larger ones bisect the running count.
+    A chunk no larger than a block is taken as it lies, in one block. Otherwise small tables are matched as a whole (32
+    registers a thread), larger ones bisect the running count: no scratch memory.
     """
-    wanted = first + tl.arange(0, BLOCK_M)
-    if PAIRS * BLOCK_M <= ONE_HOT:
-        at = tl.arange(0, PAIRS)
-        found = tl.sum(tl.where(rank[None, :] == wanted[:, None], at[None, :], 0), axis=1)
+    if PAIRS == BLOCK_M:
+        return (chunk + tl.arange(0, PAIRS)).to(tl.int64), own
     else:
-        reached = tl.cumsum((rank >= 0).to(tl.int32), 0)
-        found = tl.zeros((BLOCK_M,), tl.int32)  # grows to the first pair at which wanted + 1 is reached
-        step: tl.constexpr = PAIRS // 2
-        for bit in tl.static_range(PAIRS.bit_length() - 1):
-            probe = found + (step >> bit) - 1
-            found = tl.where(tl.gather(reached, probe, 0) <= wanted, probe + 1, found)
-    return chunk + found.to(tl.int64), wanted
+        wanted = first + tl.arange(0, BLOCK_M)
+        reached = tl.cumsum(own.to(tl.int32), 0)
+        if PAIRS * BLOCK_M <= ONE_HOT:
+            at = tl.arange(0, PAIRS)
+            rank = tl.where(own, reached - 1, -1)
+            found = tl.sum(tl.where(rank[None, :] == wanted[:, None], at[None, :], 0), axis=1)
+        else:
+            found = tl.zeros((BLOCK_M,), tl.int32)  # grows to the first pair at which wanted + 1 is reached
+            step: tl.constexpr = PAIRS // 2
+            for bit in tl.static_range(PAIRS.bit_length() - 1):
+                probe = found + (step >> bit) - 1
+                found = tl.where(tl.gather(reached, probe, 0) <= wanted, probe + 1, found)
+        return chunk + found.to(tl.int64), wanted < count
+
+
+@triton.jit
+def rows_of_blocks(count, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where blocks of ``count`` pairs end: a chunk that is a block makes at most one."""
+    return tl.minimum(count, 1) if PAIRS == BLOCK_M else count
+
+
+SPREAD = tl.constexpr(True)
 
 
 @triton.jit
 def prefetch_columns(ptr, expert, first, width, depth, COLUMNS: tl.constexpr, LIMIT: tl.constexpr):
-    """Ask L2 for columns ``first ... first + COLUMNS`` of one expert, which lie one after the other, up to LIMIT bytes.
+    """Ask L2 for the first bytes of columns ``first ... first + COLUMNS`` of one expert, LIMIT bytes in all.
 
-    ``ptr``: (E_l, width, depth), 16-byte aligned columns.
+    ``ptr``: (E_l, width, depth), 16-byte aligned columns. Each column's first bytes, as a product needs all columns
+    of its first step of depth at once.
     """
-    columns = tl.minimum(width - first, COLUMNS)
-    size = tl.minimum(columns.to(tl.int64) * depth * (ptr.dtype.element_ty.primitive_bitwidth // 8), LIMIT)
-    start = ptr + (expert.to(tl.int64) * width + first) * depth
-    prefetch_l2(start.to(tl.int64, bitcast=True), size.to(tl.int32))
+    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+    if SPREAD:
+        column = tl.minimum(first + tl.arange(0, COLUMNS), width - 1)
+        SHARE: tl.constexpr = LIMIT // COLUMNS // 16 * 16 if LIMIT >= 16 * COLUMNS else 16
+        size = tl.zeros((COLUMNS,), tl.int32) + tl.minimum(depth * (BITS // 8), SHARE)
+        start = ptr + (expert.to(tl.int64) * width + column) * depth
+        prefetch_l2(start.to(tl.int64, bitcast=True), size, COLUMNS)
+    else:
+        columns = tl.minimum(width - first, COLUMNS)
+        size = tl.minimum(columns.to(tl.int64) * depth * (BITS // 8), LIMIT)
+        start = ptr + (expert.to(tl.int64) * width + first) * depth
+        prefetch_l2(start.to(tl.int64, bitcast=True), size.to(tl.int32), 1)
 
 
 @triton.jit
@@ -97,11 +124,12 @@ def gate_up_few_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     all_pairs = tl.cast(num_rows, tl.int64) * TOP_K
+    ids = load_ids(ids_ptr, 0, all_pairs, PAIRS)
     num_pairs = tl.minimum(tl.load(valid_ptr), num_rows).to(tl.int64) * TOP_K
     for chunk in range(0, num_pairs, PAIRS):
-        experts, slots = chunk_experts(ids_ptr, chunk, num_pairs, all_pairs, expert_start, num_experts, PAIRS, BY_PAIR)
+        experts, slots = local_experts(ids, chunk, num_pairs, expert_start, num_experts, PAIRS, BY_PAIR)
         for slot in range(tl.program_id(1), slots, tl.num_programs(1)):
-            expert, rank, count = slot_expert(experts, slot, PAIRS, BY_PAIR)
+            expert, own, count = slot_expert(experts, slot, PAIRS, BY_PAIR)
             if PREFETCH > 0 and count > 0:
                 PARTS: tl.constexpr = 2 if GATED and not INTERLEAVED else 1
                 COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED and INTERLEAVED else BLOCK_N
@@ -109,15 +137,15 @@ def gate_up_few_kernel(
                 for part in tl.static_range(PARTS):
                     at = part * inner + tile * COLUMNS
                     prefetch_columns(weights_ptr, expert, at, width, hidden, COLUMNS, PREFETCH)
-            for first in range(0, count, BLOCK_M):
-                pairs, wanted = block_pairs(rank, chunk, first, PAIRS, BLOCK_M)
-                rows = wanted < count
+            for first in range(0, rows_of_blocks(count, PAIRS, BLOCK_M), BLOCK_M):
+                pairs, rows = block_pairs(own, count, chunk, first, PAIRS, BLOCK_M)
                 inner_rows = gate_up_tile(
                     x_ptr, pairs // TOP_K * x_stride, rows, w, bias_ptr, expert, tile,
                     hidden, inner, alpha, limit, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT,
                     TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
                 )  # fmt: skip
                 store_tile(act_ptr, pairs, rows, tile, inner, inner_rows, BLOCK_N)
+        ids = load_ids(ids_ptr, chunk + PAIRS, all_pairs, PAIRS)
 
 
 @triton.jit
@@ -137,23 +165,24 @@ def down_few_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     all_pairs = tl.cast(num_rows, tl.int64) * TOP_K
+    ids = load_ids(ids_ptr, 0, all_pairs, PAIRS)
     num_pairs = tl.minimum(tl.load(valid_ptr), num_rows).to(tl.int64) * TOP_K
     for chunk in range(0, num_pairs, PAIRS):
-        experts, slots = chunk_experts(ids_ptr, chunk, num_pairs, all_pairs, expert_start, num_experts, PAIRS, BY_PAIR)
+        experts, slots = local_experts(ids, chunk, num_pairs, expert_start, num_experts, PAIRS, BY_PAIR)
         for slot in range(tl.program_id(1), slots, tl.num_programs(1)):
-            expert, rank, count = slot_expert(experts, slot, PAIRS, BY_PAIR)
-            if PDL:  # routing above depends on inputs only: it overlaps the tail of the first projection
-                if PREFETCH > 0 and count > 0:
-                    prefetch_columns(weights_ptr, expert, tile * BLOCK_N, hidden, inner, BLOCK_N, PREFETCH)
-                tl.extra.cuda.gdc_wait()
-            for first in range(0, count, BLOCK_M):
-                pairs, wanted = block_pairs(rank, chunk, first, PAIRS, BLOCK_M)
-                rows = wanted < count
+            expert, own, count = slot_expert(experts, slot, PAIRS, BY_PAIR)
+            if PDL and PREFETCH > 0 and count > 0:
+                prefetch_columns(weights_ptr, expert, tile * BLOCK_N, hidden, inner, BLOCK_N, PREFETCH)
+            for first in range(0, rows_of_blocks(count, PAIRS, BLOCK_M), BLOCK_M):
+                pairs, rows = block_pairs(own, count, chunk, first, PAIRS, BLOCK_M)
+                if PDL:  # routing depends on inputs only: it overlaps the tail of the first projection
+                    tl.extra.cuda.gdc_wait()
                 acc = down_tile(
                     act_ptr, pairs * inner, rows, w, bias_ptr, expert, tile, hidden, inner,
                     TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
                 )  # fmt: skip
                 store_tile(out_ptr, pairs, rows, tile, hidden, acc, BLOCK_N)
+        ids = load_ids(ids_ptr, chunk + PAIRS, all_pairs, PAIRS)
     if PDL:  # also where nothing was live: who waits for this kernel must have waited for the one before
         tl.extra.cuda.gdc_wait()
 

@@ -224,14 +224,12 @@ def topk_sum_kernel(
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = cols < hidden
     live = tl.minimum(tl.load(valid_ptr), num_rows)
-    # inputs only, so ahead of the wait and of the live count; in the loop, a row ahead of their use
+    # inputs only, so ahead of the wait and of the live count
     slots = slot_weights(ids_ptr, weights_ptr, tl.program_id(0), expert_start, num_experts, TOP_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for row in range(tl.program_id(0), live, tl.num_programs(0)):
         pair = tl.cast(row, tl.int64) * TOP_K
-        next_row = tl.minimum(row + tl.num_programs(0), num_rows - 1)
-        next_slots = slot_weights(ids_ptr, weights_ptr, next_row, expert_start, num_experts, TOP_K)
         acc = tl.zeros((BLOCK_H,), tl.float32)
         for slot in tl.static_range(TOP_K):
             local = slots[TOP_K + slot]
@@ -240,4 +238,5 @@ def topk_sum_kernel(
             # a remote slot adds nothing, whatever its weight holds
             acc = tl.fma(tl.where(local, slots[slot], 0.0), value.to(tl.float32), acc)
         tl.store(out_ptr + tl.cast(row, tl.int64) * out_stride + cols, acc.to(out_ptr.dtype.element_ty), mask=inside)
-        slots = next_slots
+        next_row = tl.minimum(row + tl.num_programs(0), num_rows - 1)
+        slots = slot_weights(ids_ptr, weights_ptr, next_row, expert_start, num_experts, TOP_K)

@@ -19,6 +19,7 @@ from .fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan
 from .fused_moe_few_kernels import down_few_kernel, down_sum_few_kernel, gate_up_few_kernel
 from .fused_moe_kernels import topk_sum_kernel
 from .fused_moe_many_kernels import down_many_kernel, gate_up_many_kernel
+from .fused_moe_rest_kernels import down_rest_kernel, gate_up_rest_kernel
 from .pdl import chain_link, chain_start
 
 if TYPE_CHECKING:
@@ -107,18 +108,13 @@ def _down(problem: Problem, plan: Plan) -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
 
 
-class _FewRows(NamedTuple):
-    """What both kernels for few rows share: the grid's second axis and how programs find their routing."""
-
-    slots: int
-    routing: dict[str, Any]
-
-    @staticmethod
-    def of(problem: Problem, plan: Plan) -> _FewRows:
-        pairs, experts = problem.topk_ids.numel(), problem.gate_up.shape[0]
-        chunk = min(plan.pairs, triton.next_power_of_2(pairs))
-        by_pair = plan.slots > 0 or chunk < experts
-        return _FewRows(min(plan.slots or chunk, pairs) if by_pair else experts, {"PAIRS": chunk, "BY_PAIR": by_pair})
+def _few_routing(problem: Problem, plan: Plan, tiles: Tiles) -> tuple[int, dict[str, Any]]:
+    """Of a kernel for few rows: the programs that share its slots, and how they find their routing."""
+    pairs, experts = problem.topk_ids.numel(), problem.gate_up.shape[0]
+    chunk = min(plan.pairs, triton.next_power_of_2(pairs))
+    by_pair = plan.slots > 0 or chunk < experts
+    programs = min(plan.slots or chunk, pairs) if by_pair else experts
+    return programs, {"PAIRS": max(chunk, tiles.block_m), "BY_PAIR": by_pair}  # a small chunk is taken as one block
 
 
 def _can_prefetch(problem: Problem) -> bool:
@@ -128,28 +124,30 @@ def _can_prefetch(problem: Problem) -> bool:
 
 def _gate_up_few(problem: Problem, plan: Plan) -> Tensor:
     """The inner activations, (M * K, I)."""
-    hidden, ids, form, few = problem.hidden, problem.topk_ids, problem.form, _FewRows.of(problem, plan)
+    hidden, ids, form = problem.hidden, problem.topk_ids, problem.form
     (rows, width), inner = hidden.shape, problem.inner
+    programs, routing = _few_routing(problem, plan, plan.gate_up)
     act = hidden.new_empty(ids.numel(), inner)
     weights, args = _gate_up(problem, plan)
     prefetch = plan.prefetch_up if args["TMA"] and _can_prefetch(problem) else 0
-    gate_up_few_kernel[(triton.cdiv(inner, plan.gate_up.block_n), few.slots)](
+    gate_up_few_kernel[(triton.cdiv(inner, plan.gate_up.block_n), programs)](
         hidden, ids, problem.valid_tokens, weights, problem.gate_up, _or(problem.gate_up_bias, problem.gate_up), act,
         rows, hidden.stride(0), problem.expert_start, problem.gate_up.shape[0], width, inner,
         form.alpha or 0.0, form.limit or 0.0,
-        PREFETCH=prefetch, **few.routing, **args, **chain_start(plan.pdl, hidden.device),
+        PREFETCH=prefetch, **routing, **args, **chain_start(plan.pdl, hidden.device),
     )  # fmt: skip
     return act
 
 
 def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
-    act, few, width = _gate_up_few(problem, plan), _FewRows.of(problem, plan), problem.hidden.shape[1]
+    act, width = _gate_up_few(problem, plan), problem.hidden.shape[1]
+    programs, routing = _few_routing(problem, plan, plan.down)
     weights, args = _down(problem, plan)
     prefetch = plan.prefetch if args["TMA"] and _can_prefetch(problem) else 0
-    down_few_kernel[(triton.cdiv(width, plan.down.block_n), few.slots)](
+    down_few_kernel[(triton.cdiv(width, plan.down.block_n), programs)](
         act, problem.topk_ids, problem.valid_tokens, weights, problem.down, _or(problem.down_bias, problem.down), pairs,
         problem.hidden.shape[0], problem.expert_start, problem.gate_up.shape[0], width, problem.inner,
-        TOP_K=problem.topk_ids.shape[1], PREFETCH=prefetch, **few.routing, **args,
+        TOP_K=problem.topk_ids.shape[1], PREFETCH=prefetch, **routing, **args,
         **chain_link(plan.pdl, problem.hidden.device),
     )  # fmt: skip
 
@@ -179,36 +177,73 @@ def _power_of_two_rows(tiles: Tiles) -> Tiles:
     return replace(tiles, block_m=128) if tiles.block_m == WIDE_ROWS else tiles
 
 
+def _quarters(plan: Plan) -> Plan:
+    """Tiles of the kernels that do what a last round leaves: half the rows and columns, two programs an SM."""
+    gate_up, down = (
+        Tiles(tiles.block_m // 2, tiles.block_n // 2, 64, num_warps=4, num_stages=4)
+        for tiles in (plan.gate_up, plan.down)
+    )
+    return replace(plan, gate_up=gate_up, down=down)
+
+
 def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
     plan = replace(plan, gate_up=_power_of_two_rows(plan.gate_up), down=_power_of_two_rows(plan.down))
-    hidden, ids, form = problem.hidden, problem.topk_ids, problem.form
-    width, inner, experts, block = hidden.shape[1], problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
+    ids, inner, experts, block = problem.topk_ids, problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
     if block != plan.down.block_m:
         raise AssertionError(f"both GEMMs share the blocks of align: {plan}")
     aligned = launch_align(ids, problem.valid_tokens, block, experts, problem.expert_start)
-    positions = aligned[0].numel()
-    act = hidden.new_empty(positions, inner)
-    common = {"GROUP": plan.group, **chain_link(plan.pdl, hidden.device)}
-    weights, args = _gate_up(problem, plan)
-    tiles = positions // block * triton.cdiv(inner, plan.gate_up.block_n)
-    gate_up_many_kernel[(min(tiles, sms * plan.programs),)](
-        hidden, *aligned, weights, _or(problem.gate_up_bias, problem.gate_up), act,
-        ids.numel(), hidden.stride(0), width, inner, form.alpha or 0.0, form.limit or 0.0,
-        FLAT=plan.gate_up.flat, **common, **args,
+    act = problem.hidden.new_empty(aligned[0].numel(), inner)
+    boxes = all(size * act.element_size() % _TMA_ALIGN == 0 for size in (problem.hidden.shape[1], inner))
+    plan = replace(plan, rest=plan.rest and plan.tma and boxes)
+    _gate_up_many(problem, plan, aligned, act, sms)
+    _down_many(problem, plan, aligned, act, pairs, sms)
+
+
+def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act: Tensor, sms: int) -> None:
+    hidden, form, (positions, inner) = problem.hidden, problem.form, act.shape
+    link = chain_link(plan.pdl, hidden.device)
+    tiles = positions // plan.gate_up.block_m * triton.cdiv(inner, plan.gate_up.block_n)
+    programs = min(tiles, sms * plan.programs)
+    rest = (
+        _or(problem.gate_up_bias, problem.gate_up), act, problem.topk_ids.numel(), hidden.stride(0), hidden.shape[1],
+        inner, form.alpha or 0.0, form.limit or 0.0,
     )  # fmt: skip
+    weights, args = _gate_up(problem, plan)
+    gate_up_many_kernel[(programs,)](
+        hidden, *aligned, weights, *rest,
+        FLAT=plan.gate_up.flat, WHOLE=plan.rest, GROUP=plan.group, **link, **args,
+    )  # fmt: skip
+    if plan.rest:
+        weights, args = _gate_up(problem, _quarters(plan))
+        gate_up_rest_kernel[(2 * sms,)](hidden, *aligned, weights, *rest, programs, GROUP=plan.group, **link, **args)
+
+
+def _down_many(
+    problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act: Tensor, pairs: Tensor, sms: int
+) -> None:  # fmt: skip
+    (positions, inner), width, block = act.shape, problem.hidden.shape[1], plan.down.block_m
+    link, bias = chain_link(plan.pdl, act.device), _or(problem.down_bias, problem.down)
     weights, args = _down(problem, plan)
     box_rows = args["TMA"] and inner * act.element_size() % _TMA_ALIGN == 0
-    special = plan.down.special and box_rows and not form.transposed
+    special = plan.down.special and box_rows and not problem.form.transposed
     if special:
         triton.set_allocator(_descriptor_memory)
     elif plan.down.special:  # the same accumulators over as many warps
         args["num_warps"] *= 2
     rows = TensorDescriptor.from_tensor(act, [block, plan.down.block_k]) if box_rows and not special else act
-    tiles = positions // block * triton.cdiv(width, plan.down.block_n)
-    down_many_kernel[(min(tiles, sms * plan.programs),)](
-        rows, *aligned, weights, _or(problem.down_bias, problem.down), pairs,
-        ids.numel(), positions, width, inner, BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, **common, **args,
+    programs = min(positions // block * triton.cdiv(width, plan.down.block_n), sms * plan.programs)
+    count = problem.topk_ids.numel()
+    down_many_kernel[(programs,)](
+        rows, *aligned, weights, bias, pairs, count, positions, width, inner,
+        BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, WHOLE=plan.rest, GROUP=plan.group, **link, **args,
     )  # fmt: skip
+    if plan.rest:
+        tiles = _quarters(plan).down
+        weights, args = _down(problem, _quarters(plan))
+        rows = TensorDescriptor.from_tensor(act, [tiles.block_m, tiles.block_k])
+        down_rest_kernel[(2 * sms,)](
+            rows, *aligned, weights, bias, pairs, count, width, inner, programs, GROUP=plan.group, **link, **args
+        )
 
 
 def sum_pairs(

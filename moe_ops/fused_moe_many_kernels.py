@@ -21,6 +21,23 @@ def grouped_tile(index, num_blocks, num_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def whole_rounds(items, programs):
+    """How many of ``items`` are full rounds of ``programs``; all, where the rest is no round of quarters, two an SM.
+
+    Example: 132 programs; 432 items are 3 rounds, and 36 items left; of 500 items none are left for other kernels.
+    """
+    left = items % programs
+    return tl.where(2 * left <= programs, items - left, items)
+
+
+@triton.jit
+def quarter(index, whole, num_blocks, num_tiles, GROUP: tl.constexpr):
+    """``(block, row half, column half of all tiles)`` of quarter ``index`` of the items from ``whole`` on."""
+    block, tile = grouped_tile(whole + index // 4, num_blocks, num_tiles, GROUP)
+    return block, index % 2, 2 * tile + index // 2 % 2
+
+
+@triton.jit
 def gate_up_many_kernel(
     x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, act_ptr,
     num_pairs, x_stride, hidden, inner, alpha, limit,
@@ -28,15 +45,22 @@ def gate_up_many_kernel(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FLAT: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent.
+
+    WHOLE: only full rounds of the grid; ``gate_up_rest_kernel`` does what is left.
+    """
+    if PDL:  # in this order: the kernel of what is left starts when align has ended
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_blocks = tl.load(total_ptr) // BLOCK_M
     num_tiles = tl.cdiv(inner, BLOCK_N)
+    items = num_blocks * num_tiles
+    if WHOLE:
+        items = whole_rounds(items, tl.num_programs(0))
     # FLAT: one loop over the depths of all tiles, so that a tile's first loads begin under the one before
-    for index in tl.range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0), flatten=FLAT):
+    for index in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLAT):
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)
         first = block.to(tl.int64) * BLOCK_M
@@ -59,21 +83,23 @@ def down_many_kernel(
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BOX_ROWS: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FLAT: tl.constexpr,
-    SPECIAL: tl.constexpr,
+    SPECIAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """``out[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent.
 
     ``act``: (S, I), with BOX_ROWS its descriptor: a block's rows lie one after the other. SPECIAL (BLOCK_M 128, four
     warps): one group of warps loads, two multiply 64 rows each and store while their next tile is being loaded.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL:  # in this order: the kernel of what is left starts when align has ended
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if SPECIAL:  # made here: the groups take half boxes, which a descriptor made by the host cannot follow
         act = tl.make_tensor_descriptor(act, [positions, inner], [inner, 1], [BLOCK_M, BLOCK_K])
     num_blocks = tl.load(total_ptr) // BLOCK_M
     num_tiles = tl.cdiv(hidden, BLOCK_N)
     items = num_blocks * num_tiles
+    if WHOLE:
+        items = whole_rounds(items, tl.num_programs(0))
     for index in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIAL):
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .fused_moe import launch_fused_moe
-from .fused_moe_config import FEW_PAIRS, MAX_FEW_PAIRS, TABLES, Plan, Shape, Tiles, default_plan, load_table, table_name
+from .fused_moe_config import (
+    FEW_PAIRS, MAX_FEW_PAIRS, TABLES, WIDE_ROWS, Plan, Shape, Tiles, default_plan, load_table, table_name,
+)  # fmt: skip
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of an H200
 _SHARED_BYTES = 227 << 10  # of one SM of an H100 or H200
@@ -125,6 +127,11 @@ def _many_tiles(rows: int, parts: int) -> Iterator[Tiles]:
             yield Tiles(rows, 256, 64, 4, stages, special=True)
 
 
+def _wide_tiles(parts: int) -> Iterator[Tiles]:
+    for wide, depth, stages in ((256, 64, 3), (128, 64, 4), (256, 32, 6)):
+        yield Tiles(WIDE_ROWS, wide // parts, depth, 8, stages)
+
+
 def _few_starts(shape: Shape) -> Iterator[Plan]:
     chunk = 1 << max(shape.tokens * shape.top_k - 1, 15).bit_length()
     for rows in (16, 32, 64):
@@ -145,6 +152,7 @@ def _many_starts(shape: Shape) -> Iterator[Plan]:
         yield Plan(Tiles(64, 128, 64, 8, 4), Tiles(64, 256, 64, 8, 4))
         yield Plan(Tiles(128, 128, 64, 8, 4), Tiles(128, 256, 64, 8, 3))
         yield Plan(Tiles(128, 64, 64, 4, 3), Tiles(128, 128, 64, 4, 3), programs=2)
+        yield Plan(Tiles(WIDE_ROWS, 128, 64, 8, 3), Tiles(WIDE_ROWS, 256, 64, 8, 3), group=4)
 
 
 def starting_plans(shape: Shape) -> Iterator[Plan]:
@@ -160,7 +168,11 @@ def starting_plans(shape: Shape) -> Iterator[Plan]:
 def neighbours(plan: Plan, which: str) -> Iterator[Plan]:
     """``plan`` with other tiles for one of its two GEMMs (``which``: gate_up or down)."""
     rows, parts = plan.gate_up.block_m, 2 if which == "gate_up" else 1
-    for tiles in _few_tiles(rows, parts) if plan.pairs or rows < 64 else _many_tiles(rows, parts):
+    if rows == WIDE_ROWS:
+        candidates = _wide_tiles(parts)
+    else:
+        candidates = _few_tiles(rows, parts) if plan.pairs or rows < 64 else _many_tiles(rows, parts)
+    for tiles in candidates:
         if _fits(tiles, parts):
             yield replace(plan, **{which: tiles})
 

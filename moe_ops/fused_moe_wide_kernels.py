@@ -1,8 +1,8 @@
 """Device code of ``fused_moe`` for many rows in blocks of 192: two row operands, 128 and 64, for one tile of weights.
 
-What bounds these kernels is the way from L2 to shared memory: a step of 128 rows x 256 columns x 64 brings 48 KB for
-its multiplications, one of 192 rows 56 KB for half as many again. Tiles of 192 rows are no power of two, so they are two
-products. A block computes as many of its 64-row parts as have pairs.
+For a mean of about 128 rows an expert, where half of the experts would need a second block of 128: here each reads its
+weights once. Tiles of 192 rows are no power of two, so they are two products with one tile of weights. A block computes
+as many of its 64-row parts as have pairs.
 """
 
 from __future__ import annotations
@@ -12,26 +12,6 @@ import triton.language as tl
 
 from .fused_moe_kernels import activate, pointwise, store_tile
 from .fused_moe_many_kernels import grouped_tile
-
-
-@triton.jit
-def _work_items(num_blocks, num_tiles):
-    """How many items are left for the last round of programs if these are taken in thirds, and how many there are.
-
-    Only where the thirds are one round: 288 items of 132 programs are 2 rounds and 24 items, which become 72.
-    """
-    items, programs = num_blocks * num_tiles, tl.num_programs(0)
-    left = items % programs
-    left = tl.where(3 * left <= programs, left, 0)
-    return items - left, items + 2 * left
-
-
-@triton.jit
-def _item(index, whole, num_blocks, num_tiles, GROUP: tl.constexpr):
-    """``(block, tile, part)`` of work item ``index``: of the first ``whole`` items all parts, of the others one."""
-    rest = index - whole
-    block, tile = grouped_tile(tl.where(rest < 0, index, whole + rest // 3), num_blocks, num_tiles, GROUP)
-    return block, tile, tl.where(rest < 0, 0, rest % 3)
 
 
 @triton.jit
@@ -122,13 +102,12 @@ def gate_up_wide_kernel(
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     num_blocks = tl.load(total_ptr) // (ROWS + TAIL_ROWS)
     num_tiles = tl.cdiv(inner, BLOCK_N)
-    whole, items = _work_items(num_blocks, num_tiles)
-    for index in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        block, tile, part = _item(index, whole, num_blocks, num_tiles, GROUP)
+    for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):
+        block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)
-        first = block * (ROWS + TAIL_ROWS) + part * TAIL_ROWS
+        first = block * (ROWS + TAIL_ROWS)
         chunk, col = (tile * (BLOCK_N // CHUNK), 0) if GATED else (0, tile * BLOCK_N)
-        if tl.load(sorted_ptr + first + TAIL_ROWS, mask=index < whole, other=num_pairs) < num_pairs:
+        if tl.load(sorted_ptr + first + TAIL_ROWS) < num_pairs:
             where, mask = _gathered_rows(x_ptr, sorted_ptr, first, num_pairs, x_stride, ROWS, TOP_K, BLOCK_K)
             if tl.load(sorted_ptr + first + ROWS) < num_pairs:
                 tail_where, tail_mask = _gathered_rows(
@@ -149,7 +128,7 @@ def gate_up_wide_kernel(
             value = _activated(acc, bias_ptr, expert, tile, inner, alpha, limit, ACT, GATED, INTERLEAVED,
                                HAS_BIAS, HAS_LIMIT, ROWS, BLOCK_N, CHUNK)  # fmt: skip
             act.store([first, tile * BLOCK_N], value.to(act.dtype))
-        elif tl.load(sorted_ptr + first) < num_pairs:
+        else:
             few_where, few_mask = _gathered_rows(x_ptr, sorted_ptr, first, num_pairs, x_stride, TAIL_ROWS, TOP_K, BLOCK_K)
             _, few_acc = _products(
                 x_ptr, few_where, few_mask, x_ptr, few_where, few_mask, w, expert, chunk, col, hidden,
@@ -190,13 +169,12 @@ def down_wide_kernel(
         tl.extra.cuda.gdc_wait()
     num_blocks = tl.load(total_ptr) // (ROWS + TAIL_ROWS)
     num_tiles = tl.cdiv(hidden, BLOCK_N)
-    whole, items = _work_items(num_blocks, num_tiles)
-    for index in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        block, tile, part = _item(index, whole, num_blocks, num_tiles, GROUP)
+    for index in range(tl.program_id(0), num_blocks * num_tiles, tl.num_programs(0)):
+        block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
         expert = tl.load(expert_ids_ptr + block)
-        first = block * (ROWS + TAIL_ROWS) + part * TAIL_ROWS
+        first = block * (ROWS + TAIL_ROWS)
         col = tile * BLOCK_N
-        if tl.load(sorted_ptr + first + TAIL_ROWS, mask=index < whole, other=num_pairs) < num_pairs:
+        if tl.load(sorted_ptr + first + TAIL_ROWS) < num_pairs:
             if tl.load(sorted_ptr + first + ROWS) < num_pairs:
                 acc, tail_acc = _products(
                     act, first, None, tail, first + ROWS, None, w, expert, 0, col, inner,
@@ -211,7 +189,7 @@ def down_wide_kernel(
                 )  # fmt: skip
             _store_rows(out_ptr, sorted_ptr, first, num_pairs, acc, bias_ptr, expert, tile, hidden,
                         HAS_BIAS, ROWS, BLOCK_N)  # fmt: skip
-        elif tl.load(sorted_ptr + first) < num_pairs:
+        else:
             _, few_acc = _products(
                 act, first, None, tail, first, None, w, expert, 0, col, inner,
                 False, True, ROWS, TAIL_ROWS, BLOCK_N, BLOCK_K, True, True,

@@ -15,13 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_ops import align_kernels, fused_moe_few_kernels, fused_moe_kernels, fused_moe_many_kernels
+from moe_ops import (
+    align_kernels, fused_moe_few_kernels, fused_moe_kernels, fused_moe_many_kernels, fused_moe_rest_kernels,
+    fused_moe_wide_kernels,
+)  # fmt: skip
 from moe_ops.fused_moe_config import Plan, Shape, Tiles, default_plan, invariant_plan
 
 QWEN = {tokens: Shape(128, 8, 2048, 768, tokens) for tokens in (1, 16, 64, 512, 8192)}
 INTS = (
     "num_rows", "x_stride", "expert_start", "num_experts", "hidden", "inner", "num_pairs", "top_k", "sorted_size",
-    "out_stride", "share", "positions",
+    "out_stride", "share", "positions", "programs",
 )  # fmt: skip
 DIVISIBLE = ("x_stride", "hidden", "inner", "out_stride")  # by 16, which lets loads be wide
 FORM = {
@@ -93,7 +96,7 @@ def _gemm(kernel: Any, plan: Plan, tiles: Tiles, parts: int) -> Code:
         box["act"] = f"tensordesc<bf16[{tiles.block_m},{tiles.block_k}]>"
     constants = FORM | {
         "PAIRS": plan.pairs, "PREFETCH": plan.prefetch_up if parts == 2 else plan.prefetch,
-        "SWAP": tiles.swap, "FLAT": tiles.flat, "SPECIAL": tiles.special,
+        "SWAP": tiles.swap, "FLAT": tiles.flat, "SPECIAL": tiles.special, "WHOLE": plan.rest,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
     }  # fmt: skip
     return compiled(kernel, constants, tiles.num_warps, tiles.num_stages, box)
@@ -126,7 +129,7 @@ def test_few_rows_fill_the_machine():
     assert max(first.registers, second.registers) <= 128
     asked = second.ptx.index("cp.async.bulk.prefetch.L2.global")
     assert asked < second.ptx.index("griddepcontrol.wait", asked) < second.ptx.index("wgmma.mma_async", asked)
-    assert "setp.eq.u32 p, t, 0" in second.ptx  # one thread asks
+    assert "setp.lt.u32 p, t, " in second.ptx  # a thread for each column asks
 
 
 @pytest.mark.parametrize("top_k", [2, 4, 8, 10])
@@ -180,3 +183,31 @@ def test_a_flat_loop_and_warps_of_their_own_spill_nothing():
     assert special_code.has("setmaxnreg") and not plain.has("setmaxnreg")
     # each multiplying group loads its own half of the rows
     assert special_code.ptx.count("tensormap.replace.tile.box_dim") == 2 and special_code.registers <= 168
+
+
+def test_quarters_of_tiles_leave_room_for_two_programs_an_sm_and_end_after_the_kernel_before():
+    tiles = Tiles(64, 128, 64, 4, 4)
+    for kernel, parts in ((fused_moe_rest_kernels.gate_up_rest_kernel, 2), (fused_moe_rest_kernels.down_rest_kernel, 1)):
+        code = _gemm(kernel, Plan(tiles, tiles), replace(tiles, block_n=tiles.block_n // parts), parts)
+        assert code.stack == 0 and code.registers <= 255 and code.has("wgmma.mma_async")
+        assert code.ptx.rindex("griddepcontrol.wait") > code.ptx.rindex("wgmma.mma_async")
+
+
+def test_many_rows_wait_for_align_before_others_may_start():
+    """The kernels of what is left read what align wrote without waiting for it themselves."""
+    whole = replace(PLANS["T=8192"], rest=True)
+    for code in gemms(whole):
+        assert code.ptx.index("griddepcontrol.wait") < code.ptx.index("griddepcontrol.launch_dependents")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_of_192_rows_fit_into_the_registers(bias):
+    constants = FORM | {"ROWS": 128, "TAIL_ROWS": 64, "BLOCK_K": 64, "CHUNK": 64, "HAS_BIAS": bias}
+    first = {"w": "tensordesc<bf16[1,2,2,64,64]>", "act": "tensordesc<bf16[128,128]>", "tail": "tensordesc<bf16[64,128]>"}
+    second = {"w": "tensordesc<bf16[1,1,1,256,64]>", "act": "tensordesc<bf16[128,64]>", "tail": "tensordesc<bf16[64,64]>"}
+    gate_up = compiled(fused_moe_wide_kernels.gate_up_wide_kernel, constants | {"BLOCK_N": 128}, 8, 3, first)
+    down = compiled(fused_moe_wide_kernels.down_wide_kernel, constants | {"BLOCK_N": 256}, 8, 3, second)
+    assert max(gate_up.stack, down.stack) <= (16 if bias else 0)  # four registers, with Triton 3.9
+    for code in (gate_up, down):
+        assert code.has("wgmma.mma_async") and code.has("cp.async.bulk.tensor.5d") and code.has("griddepcontrol.wait")
+    assert gate_up.has("cp.async.bulk.tensor.2d.global.shared")  # the activation leaves as a box, too
