@@ -168,17 +168,16 @@ def block_any(flag):
     )  # fmt: skip
 
 
-_PREFETCH_L2 = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.b32 $0, 0; "
-    "@p cp.async.bulk.prefetch.L2.global [$1], $2; }"
-)
-
-
 @triton.jit
-def prefetch_l2(address, size):
-    """The first thread asks L2 for ``size`` bytes (int32) at ``address`` (int64), scalars and multiples of 16."""
+def prefetch_l2(address, size, count):
+    """Threads 0 ... count - 1 ask L2 for ``size`` bytes at their element of ``address``: (N,) int32 and int64 tensors.
+
+    N elements lie on the threads in order and again from ``N`` on. Sizes and addresses are multiples of 16.
+    """
     tl.inline_asm_elementwise(
-        _PREFETCH_L2, "=&r,l,r", [address, size], tl.int32, is_pure=False, pack=1,
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $3; mov.b32 $0, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; }",
+        "=&r,l,r,r", [address, size, count], tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
