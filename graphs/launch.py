@@ -20,6 +20,7 @@ import torch.distributed as dist
 from .errors import RankFailedError
 
 HERE = "127.0.0.1"
+START_METHOD = "spawn"  # CUDA allows no other; tests, on CPUs, fork ranks from a process that has imported all
 GRACE_S = 3.0  # after a failure: time for the other ranks to say what they saw
 Emit = Callable[[Any], None]
 RankFunction = Callable[[int, int, Any, Emit], Any]  # (rank, world size, job, emit) -> result
@@ -66,7 +67,7 @@ def run_ranks(function: RankFunction, job: Any, *, ranks: int, device: str, on_e
     ``device``: "cpu" or "cuda". What a rank emits goes to ``on_event`` here. If a rank fails or dies, the others
     are ended and ``RankFailedError`` tells what each one said.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     store = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)  # lives on if rank 0 dies
     started: list[_Rank] = []
     try:

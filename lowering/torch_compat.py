@@ -200,10 +200,12 @@ def reset_compiler() -> None:
 
 @contextmanager
 def without_caches() -> Iterator[None]:
-    """Compile anew: artefacts of earlier runs are neither read nor written."""
+    """Compile anew: no graph of an earlier run is read, and none is written. Kernels with equal sources are reused."""
+    from torch._functorch import config as functorch_config
     from torch._inductor import config
 
-    with config.patch(force_disable_caches=True):
+    graphs = config.patch(fx_graph_cache=False, fx_graph_remote_cache=False)
+    with graphs, functorch_config.patch(enable_autograd_cache=False):
         yield
 
 

@@ -1,13 +1,43 @@
-"""Test settings: one thread a process, and what runs where."""
+"""Test settings: one thread a process, what runs where, and how the time that all tests take is kept short."""
+
+import os
+
+# Inherited by every process that a test starts, and read by torch when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else a pool of processes for each that compiles
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else each compiles and runs three programs to see what works
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1":  # kernel checks in a process of their own: the interpreter made faster
+    from moe_ops.emulator import hook
+
+    hook.install()
+
+# Under ``pytest -n`` a file stays on one worker; these, which take longest, are given out first.
+LONGEST = ("test_killed_rank", "test_models", "test_ranks", "test_combine", "test_zero_copy", "test_cli")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_ranks() -> None:
+    """Ranks start in milliseconds in place of seconds."""
+    from tests import forked
+
+    forked.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` name the machine that runs them; ``docs/gpu-runs.md`` says when they last did."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if torch.cuda.is_available():
         return
     for item in items:

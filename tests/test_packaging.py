@@ -76,7 +76,7 @@ def test_wheel_carries_the_packages_and_their_tables(tmp_path: Path):
 
 def test_ci_runs_the_readmes_test_command():
     test_command = readme_blocks("sh")[1].strip()
-    assert test_command.endswith("python -m pytest")
+    assert test_command.endswith("python -m pytest -n 2")
     assert (ROOT / ".ci/run").read_text().rstrip().endswith(test_command)
 
 

@@ -235,19 +235,23 @@ def _signal(thread: _Thread, operands: tuple[str, ...], on: np.ndarray) -> None:
 
 
 _last_poll = (0, b"")
-_POLL_INTERVAL_S = 0.001
+_SHORT_S, _LONG_S = 0.001, 0.008
+_pause = _SHORT_S
 
 
 def _poll(thread: _Thread, operands: tuple[str, ...], on: np.ndarray) -> None:
-    """Sleeps a moment when nothing has changed since the last poll: ranks share cores."""
-    global _last_poll
+    """Sleeps when nothing has changed since the last poll, the longer the longer: ranks share cores."""
+    global _last_poll, _pause
     address = thread.address(operands[1], on)
     nothing = np.zeros(address.shape, dtype=np.int64)
     words = _atomic(native.RMW_OP.OR, address, nothing, native.MEM_SEMANTIC.ACQUIRE)
     thread.write(operands[0], words, on)
     seen = (int(address[0]), words.tobytes())
     if seen == _last_poll:
-        time.sleep(_POLL_INTERVAL_S)
+        time.sleep(_pause)
+        _pause = min(2 * _pause, _LONG_S)
+    else:
+        _pause = _SHORT_S
     _last_poll = seen
 
 

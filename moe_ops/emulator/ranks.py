@@ -24,6 +24,7 @@ from moe_ops.symmetric import Channel, Layout, SymmetricBuffer, make_channel
 
 DEFAULT_TIMEOUT_S = 120.0
 STORE_TIMEOUT = timedelta(seconds=60)
+START_METHOD = "spawn"  # tests fork ranks from a process that has imported everything
 
 
 @dataclass
@@ -147,7 +148,7 @@ class RankPool:
 
     def _grow(self, world_size: int) -> None:
         server = self._server = self._server or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         for rank in range(len(self._workers), world_size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, server.port, there), daemon=True)

@@ -30,7 +30,8 @@ def fail_on_one(rank: int, ranks: int, how: str, emit) -> None:
     time.sleep(600)
 
 
-def test_results_events_and_clean_stdout(capfd: pytest.CaptureFixture[str]):
+def test_results_events_and_clean_stdout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(launch, "START_METHOD", "spawn")  # as users start ranks
     events = []
     results = launch.run_ranks(add_ranks, 5, ranks=2, device="cpu", on_event=events.append)
     assert results == [110, 111]

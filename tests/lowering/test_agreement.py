@@ -1,22 +1,23 @@
 """Ranks compare what they compiled before they first communicate: two processes over gloo, and the graph."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from expecttest import assert_expected_inline
 from torch import Tensor
 
+import lowering
+import moe_ops
+from graphs.launch import Emit, run_ranks
 from lowering import agreement
 from lowering.agreement import Agreement
 from lowering.hoist_metadata import HoistMetadata
 from tests.lowering.layers import batch, inference_graph, ops, routed, text, weights
 
 COUNT = torch.tensor([5], dtype=torch.int32)
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_check_comes_first_in_the_chain():
@@ -82,84 +83,62 @@ def test_compression(lines: list[str], expected: list[str]):
     assert list(agreement._compress(lines)) == expected
 
 
-_RANK = """
-import json, sys, torch, torch.distributed as dist
-from datetime import timedelta
-import lowering, moe_ops
-from tests.lowering.layers import batch, routed, weights
-rank, path, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-timeout_s = 5.0 if case == "absent" else 40.0
-ws = moe_ops.init_workspace(None, max_tokens_per_rank=8, hidden_size=32, top_k=2, timeout_s=timeout_s)
-w = weights(rank)
-w["gate_up"], w["down"] = w["gate_up"][2 * rank: 2 * rank + 2], w["down"][2 * rank: 2 * rank + 2]
-w["router"] = weights()["router"]
-rows = 8 - 3 * rank if case == "capacity" else 8
-layers = 2 if case == "layers" and rank == 1 else 1
-max_tokens = 20 if case == "shape" and rank == 1 else 16
+def compile_and_run(rank: int, ranks: int, case: str, emit: Emit) -> dict[str, Any]:
+    """One rank: whether lowering changed a bit, or the error."""
+    torch.set_num_threads(1)
+    store = dist.distributed_c10d._get_default_store()
+    timeout_s = 5.0 if case == "absent" else 40.0
+    ws = moe_ops.init_workspace(None, max_tokens_per_rank=8, hidden_size=32, top_k=2, timeout_s=timeout_s)
+    w = weights(rank)
+    w["gate_up"], w["down"] = w["gate_up"][2 * rank : 2 * rank + 2], w["down"][2 * rank : 2 * rank + 2]
+    w["router"] = weights()["router"]
+    rows = 8 - 3 * rank if case == "capacity" else 8
+    layers = 2 if case == "layers" and rank == 1 else 1
+    max_tokens = 20 if case == "shape" and rank == 1 else 16
 
-def model(x, w, count):
-    for _ in range(layers):
-        x = x + routed(x, w, count, group=ws.group_name, start=2 * rank, max_tokens=max_tokens)
-    return x
+    def model(x: Tensor, w: dict[str, Tensor], count: Tensor) -> Tensor:
+        for _ in range(layers):
+            x = x + routed(x, w, count, group=ws.group_name, start=2 * rank, max_tokens=max_tokens)
+        return x
 
-x, count = batch(rank)[:rows], torch.tensor([3 + rank], dtype=torch.int32)
-result = {}
-try:
-    if case == "absent" and rank == 1:
-        dist.distributed_c10d._get_default_store().wait(["done"], timedelta(seconds=60))
-    else:
-        with torch.no_grad():
-            compiled = torch.compile(model, fullgraph=True)
-            out = [compiled(x, w, count) for _ in range(2)][1]
-            lowering.disable()
-            torch._dynamo.reset()
-            result["equal"] = torch.equal(out, torch.compile(model, fullgraph=True)(x, w, count))
-except lowering.AgreementError as error:
-    result["error"] = str(error)
-dist.distributed_c10d._get_default_store().set("done", "1")
-print(json.dumps(result))
-sys.stdout.flush()
-import os; os._exit(0)
-"""
-
-
-def two_ranks(tmp_path: Path, case: str) -> list[dict]:
-    """What each of two processes reports."""
-    command = [sys.executable, "-c", _RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meet"), case],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    x, count = batch(rank)[:rows], torch.tensor([3 + rank], dtype=torch.int32)
+    result: dict[str, Any] = {}
     try:
-        outputs = [rank.communicate(timeout=150) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (out, errors) in zip(ranks, outputs):
-        assert rank.returncode == 0 and out, errors
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+        if case == "absent" and rank == 1:
+            store.wait(["done"], timedelta(seconds=60))
+        else:
+            with torch.no_grad():
+                compiled = torch.compile(model, fullgraph=True)
+                out = [compiled(x, w, count) for _ in range(2)][1]
+                lowering.disable()
+                torch._dynamo.reset()
+                result["equal"] = torch.equal(out, torch.compile(model, fullgraph=True)(x, w, count))
+    except lowering.AgreementError as error:
+        result["error"] = str(error)
+    store.set("done", "1")
+    return result
 
 
-def test_ranks_that_agree_go_on_and_lowering_changes_no_bit(tmp_path: Path):
+def two_ranks(case: str) -> list[dict[str, Any]]:
+    """What each of two processes reports."""
+    return run_ranks(compile_and_run, case, ranks=2, device="cpu", on_event=print)
+
+
+def test_ranks_that_agree_go_on_and_lowering_changes_no_bit():
     """Their capacities T differ, which is no disagreement."""
-    assert two_ranks(tmp_path, "capacity") == [{"equal": True}] * 2
+    assert two_ranks("capacity") == [{"equal": True}] * 2
 
 
 @pytest.mark.parametrize("case", ["layers", "shape"])
-def test_a_difference_is_an_error_that_shows_both(tmp_path: Path, case: str):
-    for rank, report in enumerate(two_ranks(tmp_path, case)):
+def test_a_difference_is_an_error_that_shows_both(case: str):
+    for rank, report in enumerate(two_ranks(case)):
         error = report["error"]
         assert "agree: ranks compiled different communication." in error
         assert f"Rank {rank}: " in error and f"Rank {1 - rank}: " in error
         assert ("2 x [" in error) == (case == "layers") and ("max_tokens=20" in error) == (case == "shape")
 
 
-def test_a_rank_that_does_not_come_is_an_error_not_a_hang(tmp_path: Path):
-    first, _ = two_ranks(tmp_path, "absent")
+def test_a_rank_that_does_not_come_is_an_error_not_a_hang():
+    first, _ = two_ranks("absent")
     assert "rank 1 did not come to compare graphs within 5 s" in first["error"]
     assert "Rank 0 is about to run: metadata_update(); moe_layer(" in first["error"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.codegen import wrapper
 from torch._inductor.comm_lowering import realize_as_comm_buffer
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
@@ -57,7 +57,7 @@ def test_a_comm_buffer_behind_a_pointwise_op(consume: torch._ops.OpOverload):
 
     x, w = torch.randn(16, 16), torch.randn(16, 16)
     torch._dynamo.reset()
-    with torch.no_grad(), config.patch(force_disable_caches=True):
+    with torch.no_grad(), torch_compat.without_caches():
         result, (code,) = torch_compat.output_code(torch.compile(model), x, w)
     calls = [line.strip() for line in code.splitlines() if line.strip().startswith("cpp_fused_add_silu_0(")]
     if torch_compat.torch_version() < (2, 13):

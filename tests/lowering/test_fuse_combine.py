@@ -19,7 +19,7 @@ COUNT = torch.tensor([5], dtype=torch.int32)
 @pytest.fixture
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
-    with config.patch(force_disable_caches=True):
+    with torch_compat.without_caches():
         yield
     torch_compat.install_pass(None)
     lowering.enable()

@@ -28,6 +28,7 @@ def split(rank: int, world: int) -> tuple[int, int]:
 def compiled_layers(rank: Rank, shared: str) -> dict:
     """What one rank saw: ops after lowering, fingerprint, meetings, and whether the bits are equal."""
     import lowering
+    from lowering import torch_compat
     from lowering.passes import RECENT
 
     torch.set_num_threads(1)
@@ -59,7 +60,7 @@ def compiled_layers(rank: Rank, shared: str) -> dict:
     def run() -> tuple[list[Tensor], int]:
         torch._dynamo.reset()
         begin = int(ws.channel.state[1])
-        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        with torch.no_grad(), torch_compat.without_caches():
             compiled = torch.compile(model, fullgraph=True)
             results = [compiled(x, torch.tensor([live], dtype=torch.int32))[:live] for live in lives]
         return results, int(ws.channel.state[1]) - begin

@@ -30,7 +30,7 @@ def _fresh():
     torch_compat.install_pass(None)
     lowering.enable()
     RECENT.clear()
-    with config.patch(force_disable_caches=True):
+    with torch_compat.without_caches():
         yield
     torch_compat.install_pass(None)
     lowering.enable()

@@ -89,3 +89,29 @@ def test_a_plain_access_to_a_multicast_address_faults():
 def test_without_the_interpreter_the_error_says_what_to_do():
     with pytest.raises(TransportError, match="TRITON_INTERPRET=1"):
         make_buffer(None, 16, 1.0)  # pyright: ignore[reportArgumentType]
+
+
+def overflow(rank: Rank) -> list[str]:
+    """What the interpreter makes of a sum, a difference and a product that fit int32, and of three that do not."""
+    from moe_ops.emulator.hook import install
+    from tests.moe_ops import overflow_kernels as kernels
+
+    install()
+    out, said = torch.zeros(1, dtype=torch.int32), []
+    for kernel, fits, x, y in (
+        (kernels.add_kernel, 2**31 - 2, 2**31 - 1, 1), (kernels.sub_kernel, -(2**31) + 1, -(2**31), 1),
+        (kernels.mul_kernel, 2**15, 2**16, 2**15),
+    ):  # fmt: skip
+        kernel[(1,)](out, fits, y)
+        said.append(str(int(out)))
+        try:
+            kernel[(1,)](out, x, y)
+        except Exception as error:
+            said.append(str(error.__cause__ or error))
+    return said
+
+
+def test_an_integer_that_overflows_is_an_error():
+    sums = [2**31 - 1, "add", -(2**31), "sub", 2**30, "mul"]
+    expected = [f"int32 overflow detected for operation {s}" if isinstance(s, str) else str(s) for s in sums]
+    assert run_ranks(1, overflow) == [expected]

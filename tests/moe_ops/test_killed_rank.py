@@ -9,7 +9,6 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from unittest import mock
 
@@ -19,9 +18,6 @@ import torch.distributed as dist
 WORLD = 3
 TIMEOUT_S = 1.0
 SLACK_S = 2.0  # the contract: every survivor raises within timeout_s + 2 s
-PRELOAD = ["moe_ops.dispatch_kernels", "moe_ops.combine_kernels", "moe_ops.metadata_kernels"]
-PRELOAD += ["moe_ops.dispatch_into_kernels", "moe_ops.combine_from_kernels"]
-PRELOAD += ["moe_ops.emulator.machine", "tests.moe_ops.rank_checks"]
 AT_ONCE = 4  # groups under test at a time; they mostly sleep
 
 
@@ -103,13 +99,6 @@ def inject(transport: str, seed: int) -> str | None:
             worker.join()
 
 
-def start_fork_server() -> None:
-    """Ranks are forks of one process that has imported everything, Triton as an interpreter."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        forkserver.ensure_running()
-
-
 def expect(link: Connection, kind: str, seconds: float) -> object:
     """The next message of a rank, which must be of that kind."""
     assert link.poll(seconds), f"no {kind!r} within {seconds:g} s: a rank hangs"
@@ -122,7 +111,7 @@ def expect(link: Connection, kind: str, seconds: float) -> object:
 @pytest.mark.parametrize("transport", ["gloo", "emulator", "emulator-multicast"])
 def test_survivors_raise_and_go_on(transport: str) -> None:
     injections = {"gloo": 70, "emulator": 70, "emulator-multicast": 60}[transport]
-    start_fork_server()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    # Ranks are forks of a process that has imported everything (``tests/forked.py``), Triton as an interpreter.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), ThreadPoolExecutor(AT_ONCE) as pool:
         problems = [p for p in pool.map(lambda seed: inject(transport, seed), range(injections)) if p]
     assert not problems, f"{len(problems)} of {injections} injections failed; first: {problems[:3]}"
