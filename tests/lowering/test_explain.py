@@ -33,6 +33,7 @@ graph 0:
   hoist_metadata: 1 done, 1 refused
     + with_effects_3: reads with_effects instead
     - with_effects_6: counts another tensor or group than with_effects
+  fuse_norm: switched off
   fuse_combine: 0 done, 3 refused
     - add: add_1 reads it: Inductor keeps it in fp32, a buffer would round it (rounding='eager' joins it)
     - add_1: add is pointwise: Inductor keeps it in fp32, a buffer would round it (rounding='eager' joins it)
@@ -46,7 +47,10 @@ graph 0:
     + with_effects_13: with_effects_4 and with_effects_10; the gathered batch, 512 bytes, stays inside
     + with_effects_14: with_effects_7 and with_effects_11; the gathered batch, 512 bytes, stays inside
   overlap_shared: 0 done, 0 refused
+  thin_shared: switched off
+  route_rows: 0 done, 0 refused
   unroll_topk: switched off
+  join_attention: switched off
   keep_rotations: 0 done, 0 refused
   merge_products: switched off
   elide_barriers: 5 done, 5 refused
@@ -61,7 +65,7 @@ graph 0:
     - with_effects_6: arrival: metadata_update reads the counts of all ranks, written in this call
     - with_effects_14: arrival: moe_layer reads the rows, then the partial sums of all ranks, written in this call
   agreement: 1 done, 0 refused
-    + group 'local': metadata_update(); 2 x [moe_layer(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8, entry_barrier=False)]; metadata_update(); moe_layer(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8, entry_barrier=False)
+    + group 'local': metadata_update(); 2 x [moe_layer(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8, entry_barrier=False, experts_per_rank=0)]; metadata_update(); moe_layer(hidden=bfloat16[T,32], topk_ids=int64[T,2], topk_weights=bfloat16[T,2], max_tokens=8, entry_barrier=False, experts_per_rank=0)
 copies around the ops: 0""",  # noqa: E501
     )
     data = json.loads(explanation.to_json())
