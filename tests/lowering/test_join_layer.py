@@ -97,7 +97,7 @@ _make_token_default = prims._make_token()
 full = full([8, 2], 0, dtype=torch.int64, layout=torch.strided, device=cpu, pin_memory=False)
 full_1 = full([8, 2], 1, dtype=torch.float32, layout=torch.strided, device=cpu, pin_memory=False)
 slice_1 = slice.Tensor(in0, 0, 0, 1)
-with_effects_3 = !moe_layer(_make_token_default, in1, full, full_1, in2, in3, in4, in0, 0, 8, [], 'local', scale=1.0, round_each=True, combine_dtype=None, activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False)
+with_effects_3 = !moe_layer(_make_token_default, in1, full, full_1, in2, in3, in4, in0, 0, 8, [], 'local', scale=1.0, round_each=True, combine_dtype=None, norm_weight=None, norm_eps=0.0, norm_shift=0.0, norm_round_first=True, activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False)
 getitem_8 = with_effects_3[0]
 getitem_9 = with_effects_3[1]
 return (getitem_9)""",  # noqa: E501

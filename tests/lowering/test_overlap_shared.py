@@ -104,22 +104,22 @@ def test_the_graph_of_a_layer():
     assert_expected_inline(
         "\n".join(graph.splitlines()[-14:]),
         """\
+convert_element_type_3 = prims.convert_element_type(div, torch.bfloat16)
+topk = topk(convert_element_type_3, 2)
+getitem_2 = topk[0]
 getitem_3 = topk[1]
 slice_1 = slice.Tensor(getitem_1, 0, 0, 1)
 permute = permute(in3, [1, 0])
 permute_1 = permute(in4, [1, 0])
 permute_2 = permute(in5, [1, 0])
-with_effects_5 = !moe_layer_shared(getitem, view_1, getitem_3, getitem_2, in6, in7, in1, getitem_1, 0, 8, [], view_1, [permute, permute_1], permute_2, -1, 'local', entry_barrier=False, scale=1.0, round_each=True, combine_dtype=None, activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False, shared_round_each=False)
-getitem_14 = with_effects_5[0]
-getitem_15 = with_effects_5[1]
-view_2 = view(getitem_15, [2, 4, 32])
-getitem_16 = with_effects_5[2]
-view_8 = view(getitem_16, [2, 4, 32])
-add_1 = add.Tensor(view_2, view_8)
-add_2 = add.Tensor(view, add_1)
-return (add_2)""",  # noqa: E501
+with_effects_6 = !moe_layer_shared(getitem, view_1, getitem_3, getitem_2, in6, in7, in1, getitem_1, 0, 8, [in0], view_1, [permute, permute_1], permute_2, 0, 'local', entry_barrier=False, experts_per_rank=0, scale=1.0, round_each=False, combine_dtype=None, norm_weight=None, norm_eps=0.0, norm_shift=0.0, norm_round_first=True, activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False, shared_round_each=False)
+getitem_16 = with_effects_6[0]
+getitem_17 = with_effects_6[1]
+getitem_18 = with_effects_6[2]
+view_default = view(getitem_17, [2, 4, 32])
+return (view_default)""",  # noqa: E501
     )
-    assert done == ["with_effects_5: mm_3 of permute, permute_1 runs beside the layer"] and not refused
+    assert done == ["with_effects_6: mm_3 of permute, permute_1 runs beside the layer"] and not refused
 
 
 def test_what_is_done_and_refused():
@@ -134,8 +134,8 @@ def test_what_is_done_and_refused():
     assert_expected_inline(
         "\n".join(lines),
         """\
-deepseek compiled: with_effects_5: mm_3 of permute, permute_1 runs beside the layer
-deepseek eager: with_effects_5: mm_3 of permute, permute_1 runs beside the layer
+deepseek compiled: with_effects_6: mm_3 of permute, permute_1 runs beside the layer
+deepseek eager: with_effects_6: mm_3 of permute, permute_1 runs beside the layer
 added_at_once compiled: with_effects_5: mul of permute, permute_1 runs beside the layer, its last product stays behind (addmm)
 added_at_once eager: with_effects_6: mm_3 of permute, permute_1 runs beside the layer
 one_projection compiled: with_effects_5: mul of permute runs beside the layer, its last product stays behind (addmm)
@@ -143,7 +143,7 @@ one_projection eager: with_effects_6: mm_2 of permute runs beside the layer
 qwen2_moe compiled: with_effects_5: mm_4 of permute_1, permute_2 runs beside the layer
 qwen2_moe eager: with_effects_5: mm_4 of permute_1, permute_2 runs beside the layer
 two_layers compiled: with_effects_11: mm_3 of permute, permute_1 runs beside the layer; with_effects_10: mm_8 of permute_4, permute_5 runs beside the layer
-two_layers eager: with_effects_11: mm_3 of permute, permute_1 runs beside the layer; with_effects_10: mm_8 of permute_4, permute_5 runs beside the layer
+two_layers eager: with_effects_12: mm_3 of permute, permute_1 runs beside the layer; with_effects_11: mm_8 of permute_4, permute_5 runs beside the layer
 three_layers compiled: with_effects_17: mul of permute, permute_1 runs beside the layer, its last product stays behind (addmm); with_effects_16: mul_1 of permute_3, permute_4 runs beside the layer, its last product stays behind (addmm); with_effects_15: mul_2 of permute_6, permute_7 runs beside the layer, its last product stays behind (addmm)
 three_layers eager: with_effects_20: mm_3 of permute, permute_1 runs beside the layer; with_effects_19: mm_7 of permute_3, permute_4 runs beside the layer; with_effects_18: mm_11 of permute_6, permute_7 runs beside the layer
 activation_read_twice compiled: mul: mm_3, relu: no single matrix product reads it
