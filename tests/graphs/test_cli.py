@@ -88,13 +88,15 @@ def with_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def test_requests_of_a_file_are_answered_in_its_order(tmp_path: Path):
+def test_requests_of_a_file_are_answered_in_its_order(monkeypatch, capfd, tmp_path: Path):
     folder = with_tokenizer(make_checkpoint(tmp_path / "model", "mixtral"))
     (tmp_path / "prompts.jsonl").write_text(REQUESTS)
     arguments = ("--requests", str(tmp_path / "prompts.jsonl"), "--tokens", "4", "--profile", str(tmp_path / "trace"))
-    done = moe_ep("decode", "--model", str(folder), "--batch", "2", "--no-compile", *arguments)
-    assert done.returncode == 0, done.stderr
-    first, second, third = map(json.loads, done.stdout.splitlines())
+    command = ("decode", "--model", str(folder), "--device", "cpu", "--batch", "2", "--no-compile", *arguments)
+    status = run_in_process(monkeypatch, *command)
+    done = capfd.readouterr()
+    assert status == 0, done.err
+    first, second, third = map(json.loads, done.out.splitlines())
     plain = plain_model("mixtral")
     assert first["tokens"] == plain_answers(plain, [[1, 2, 3]], 5)[0]
     assert first["text"] == " ".join(["[UNK]", "the", "cat", "sat"][t] if t < 4 else f"w{t}" for t in first["tokens"])
@@ -102,7 +104,7 @@ def test_requests_of_a_file_are_answered_in_its_order(tmp_path: Path):
     assert len(third["tokens"]) == 4
     assert [answer["line"] for answer in (first, second, third)] == [2, 3, 5]
     assert {answer["reason"] for answer in (first, second, third)} == {"length"}
-    assert "yes, every token" in done.stderr
+    assert "yes, every token" in done.err
     assert sorted(path.name for path in (tmp_path / "trace").iterdir()) == ["rank0.json", "rank1.json"]
 
 

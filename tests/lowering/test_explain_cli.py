@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,18 +10,20 @@ import pytest
 
 from graphs import cli
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def explain(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command, its ranks in processes of their own."""
+    monkeypatch.setattr(sys, "argv", ["moe-ep", "explain", "qwen3_moe", "--device", "cpu", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0), *capfd.readouterr()
 
 
-def test_json_and_picture(tmp_path: Path):
-    command = [sys.executable, "-m", "graphs.cli", "explain", "qwen3_moe", "--ranks", "2", "--device", "cpu"]
-    options = ["--json", "--svg", str(tmp_path / "layer.svg"), "--without", "fuse_combine"]
-    done = subprocess.run(
-        [*command, *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=290,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+def test_json_and_picture(monkeypatch, capfd, tmp_path: Path):
+    options = ("--json", "--svg", str(tmp_path / "layer.svg"), "--without", "fuse_combine")
+    status, out, errors = explain(monkeypatch, capfd, "--ranks", "2", *options)
+    assert status == 0, errors[-3000:]
+    found = json.loads(out)
     assert found["compiled_graphs"] == 1 and found["graph_breaks"] == {} and found["copies"] == []
     assert found["ops"] == {"agree": 1, "metadata_update": 1, "moe_layer": 2}
     enabled = {outcome["name"]: outcome["enabled"] for outcome in found["graphs"][0]["outcomes"]}
@@ -31,11 +31,7 @@ def test_json_and_picture(tmp_path: Path):
     assert (tmp_path / "layer.svg").read_text().startswith("<svg")
 
 
-def test_an_unknown_pass_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    command = ["moe-ep", "explain", "qwen3_moe", "--without", "nothing", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capfd.readouterr().err
-    assert ended.value.code == 1 and "no pass is named nothing; the names are hoist_metadata" in said
-    assert "Traceback" not in said
+def test_an_unknown_pass_is_one_line(monkeypatch, capfd):
+    status, _, errors = explain(monkeypatch, capfd, "--without", "nothing")
+    assert status == 1 and "no pass is named nothing; the names are hoist_metadata" in errors
+    assert "Traceback" not in errors
