@@ -14,6 +14,8 @@ from lowering import fuse_norm
 from lowering.fuse_norm import FuseNorm
 from lowering.passes import Options, run_passes
 from tests.lowering.layers import H, T, batch, inference_graph, ops, routed, text, weights
+from tests.lowering.test_models import LAYERS, decode_step
+from tests.lowering.test_models import T as DECODED
 
 COUNT = torch.tensor([5], dtype=torch.int32)
 WEIGHT = torch.randn(H, generator=torch.Generator().manual_seed(9)).bfloat16()
@@ -67,7 +69,9 @@ def lower(model: Callable) -> tuple[str, list[str], list[str], list[list[Tensor]
 
 def test_adds_and_norm_join():
     graph, done, refused, _ = lower(lambda y, s, r: block(y, s, r, llama_norm))
-    assert_expected_inline(graph, """\
+    assert_expected_inline(
+        graph,
+        """\
 _make_token_default = prims._make_token()
 with_effects = !metadata_update(_make_token_default, in0, 'local')
 getitem = with_effects[0]
@@ -81,7 +85,8 @@ view_default = view(select_int, [8, 1, 32])
 view_default_1 = view(select_int_1, [8, 1, 32])
 view_3 = view(view_default_1, [8, 32])
 relu = relu(view_3)
-return (relu, view_default)""")  # noqa: E501
+return (relu, view_default)""",
+    )  # noqa: E501
     assert_expected_inline("\n".join(done), """with_effects_2: with_effects_1 joined by add, add_1, mul_1""")
     assert not refused
 
@@ -138,14 +143,17 @@ def test_refusals_and_their_reasons():
         graph, done, refused, (before, after) = lower(model)
         assert "norm_weight" not in graph and all(map(torch.equal, before, after))
         lines.append(f"{model.__name__}: {len(done)} joined; {'; '.join(refused) or 'nothing refused'}")
-    assert_expected_inline("\n".join(lines), """\
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 no_norm: 0 joined; add: no RMSNorm reads it
 layer_norm: 0 joined; convert_element_type: a cast joins only right behind a combine that returns float32
 computed_weight: 0 joined; mul_2: its weight mul is computed in the graph: it would cost a launch
 pointwise_addend: 0 joined; add: sin is pointwise with no other reader: it would cost a launch
 two_readers: 0 joined; with_effects_1: its result has 2 readers
 wide_result: 0 joined; add: convert_element_type is pointwise with no other reader: it would cost a launch
-norm_of_another_part: 0 joined; add: no RMSNorm reads it""")
+norm_of_another_part: 0 joined; add: no RMSNorm reads it""",
+    )
 
 
 @pytest.mark.parametrize(("name", "limit"), [("MAX_ROWS", T - 1), ("MAX_NORM_WIDTH", H - 1)])
@@ -196,3 +204,21 @@ def test_compiled_by_inductor():
         wanted = torch.compile(layer, fullgraph=True)(batch(), weights())
     assert torch.equal(got[0], wanted[0])  # the residual stream
     torch.testing.assert_close(got[1], wanted[1], rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"])
+def test_every_layer_of_a_decode_step_joins_the_next_norm(family: str):
+    """What a model adds (shared expert, residual; in three dimensions) and how it writes its norm is its own."""
+    ids = torch.randint(1, 500, (DECODED, 1), generator=torch.Generator().manual_seed(0))
+    module, _ = inference_graph(decode_step(family, 2), ids)
+    norms = count_of(module.graph, torch.ops.aten.rsqrt.default)
+    report = run_passes(module.graph, Options(inexact=True))
+    outcome = report.outcome("fuse_norm")
+    assert len(outcome.done) == LAYERS[family] and not outcome.refused
+    assert norms - count_of(module.graph, torch.ops.aten.rsqrt.default) == LAYERS[family]
+    layer = "moe_layer_shared" if family == "deepseek_v3" else "moe_layer"
+    assert report.ops_after[layer] == LAYERS[family]
+
+
+def count_of(graph: torch.fx.Graph, target: object) -> int:
+    return sum(1 for node in graph.nodes if node.target is target and node.users)

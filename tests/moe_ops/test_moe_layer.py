@@ -144,9 +144,12 @@ def test_local_combine():
 def test_opcheck():
     values, (gate, up, down) = arguments(), shared_weights()
     addends = [torch.randn(T, H).bfloat16()]
-    torch.library.opcheck(ops.moe_layer, (*values.values(), COUNT, METADATA, 0, M, addends, "local"))
+    norm = {"norm_weight": torch.randn(H).bfloat16(), "norm_eps": 1e-6}
+    for options in ({}, norm):
+        torch.library.opcheck(ops.moe_layer, (*values.values(), COUNT, METADATA, 0, M, addends, "local"), options)
     shared = (values["hidden"], [gate, up], down, 1)
-    torch.library.opcheck(ops.moe_layer_shared, (*values.values(), COUNT, METADATA, 0, M, addends, *shared, "local"))
+    call = (*values.values(), COUNT, METADATA, 0, M, addends, *shared, "local")
+    torch.library.opcheck(ops.moe_layer_shared, call, norm)
 
 
 def test_mistakes_are_named():
