@@ -41,11 +41,17 @@ def _create_inline_asm(
     )
 
 
+_call_and_patch = triton_interpreter.InterpretedFunction.__call__
+
+
 def _call_device_function(function: triton_interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
     """A device function called by a kernel, whose launch has patched ``triton.language`` already.
 
-    Triton patches it again for every call, a third of an emulated kernel's time.
+    Triton patches it again for every call, a third of an emulated kernel's time. Its own functions, such as
+    ``tl.zeros``, need that, because they know the language by other names.
     """
+    if function.fn.__module__.startswith("triton."):
+        return _call_and_patch(function, *args, **kwargs)
     return function.rewrite()(*args, **kwargs)
 
 
