@@ -15,7 +15,8 @@ After::
 Whatever reads a (T, K) tensor is a kernel of its own for Inductor, as its rows are no rows of (T, E). A column is one
 number a row, and those join the kernel of the reductions that they come from: softmax, top-k, normalisation, scaling
 and casts are one launch. ``aten.gather(scores, -1, ids)``, which takes the weights from other scores than those that
-chose, becomes K sums over a row that is zero but for one place.
+chose, becomes K sums over a row that is zero but for one place; ``aten.scatter(x, -1, ids, number)``, the mark of chosen
+groups, becomes comparisons.
 
 The same operations on the same values; only sums over K have another order (first to last) than Inductor's own. The
 largest of the values that a top-k returned is its first.
@@ -75,6 +76,8 @@ class Columns:
             self._sum(node)
         elif node.target is aten.gather.default and node.args[2] in self.numbers and _is_last(node, node.args[1]):
             self.known[node] = self._gather(node)
+        elif node.target is aten.scatter.value and node.args[2] in self.numbers and _is_last(node, node.args[1]):
+            self._scatter(node)
         else:
             return
         self.done.append(node.name)
@@ -105,15 +108,29 @@ class Columns:
     def _gather(self, node: Node) -> list[Node]:
         scores, ids = node.args[0], node.args[2]
         assert isinstance(scores, Node) and isinstance(ids, Node)
-        value = scores.meta["val"]
+        zero = self._number(0, scores)
+        chosen = [self.write(aten.where.self, place, scores, zero) for place in self._places(scores, ids)]
+        return [self.write(aten.sum.dim_IntList, alone, [-1], True) for alone in chosen]
+
+    def _scatter(self, node: Node) -> None:
+        x, _, ids, value = node.args
+        assert isinstance(x, Node) and isinstance(ids, Node)
+        chosen, *rest = self._places(x, ids)
+        for place in rest:
+            chosen = self.write(aten.logical_or.default, chosen, place)
+        node.replace_all_uses_with(self.write(aten.where.self, chosen, self._number(value, x), x))
+        self.graph.erase_node(node)
+
+    def _places(self, x: Node, ids: Node) -> list[Node]:
+        """Where in a row of ``x`` each of the ``ids`` is, bool like ``x``."""
+        value = x.meta["val"]
         place = self.write(prims.iota.default, value.shape[-1], start=0, step=1, dtype=torch.int64,
                            device=value.device, requires_grad=False)  # fmt: skip
-        zero = self.write(aten.full.default, [], 0, dtype=value.dtype, device=value.device)
-        chosen = [
-            self.write(aten.where.self, self.write(aten.eq.Tensor, place, column), scores, zero)
-            for column in self.known[ids]
-        ]
-        return [self.write(aten.sum.dim_IntList, alone, [-1], True) for alone in chosen]
+        return [self.write(aten.eq.Tensor, place, column) for column in self.known[ids]]
+
+    def _number(self, number: Any, like: Node) -> Node:
+        value = like.meta["val"]
+        return self.write(aten.full.default, [], number, dtype=value.dtype, device=value.device)
 
 
 def _over_last(node: Node) -> bool:

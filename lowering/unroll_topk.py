@@ -132,6 +132,8 @@ def _largest(write: _Writer, scores: Node, k: int) -> tuple[list[Node], list[Nod
     bits = write(aten.view.dtype, write.cast(scores, torch.float32), torch.int32)
     high = write(aten.__lshift__.Scalar, write.cast(write.mirror(bits), torch.int64), 32)
     key = write(aten.add.Tensor, high, write.rest(columns, last))
+    # A buffer, else Inductor may split the first maxima of scores with groups over blocks, in two launches each.
+    key = write(torch_compat.realize_target(), key)
     lowest = write(aten.full.default, [], LOWEST, dtype=torch.int64, device=sample.device)
     values, ids = [], []
     for _ in range(k):
