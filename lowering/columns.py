@@ -15,8 +15,8 @@ After::
 Whatever reads a (T, K) tensor is a kernel of its own for Inductor, as its rows are no rows of (T, E). A column is one
 number a row, and those join the kernel of the reductions that they come from: softmax, top-k, normalisation, scaling
 and casts are one launch. ``aten.gather(scores, -1, ids)``, which takes the weights from other scores than those that
-chose, becomes K sums over a row that is zero but for one place; ``aten.scatter(x, -1, ids, number)``, the mark of chosen
-groups, becomes comparisons.
+chose, becomes K sums over a row that is zero but for one place; ``aten.scatter(x, -1, ids, number)``, the mark of
+chosen groups, becomes comparisons.
 
 The same operations on the same values; only sums over K have another order (first to last) than Inductor's own. The
 largest of the values that a top-k returned is its first.
