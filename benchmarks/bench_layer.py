@@ -120,7 +120,7 @@ def measure(
     least = least_us(x, layers, count, name, group)
     _, exact, plain, _ = variants
     line = {
-        "shape": name, "W": world, "T": tokens, "rounding": rounding,
+        "shape": name, "W": world, "T": tokens, "rounding": rounding, "norm": layers[0].norm is not None,
         **{f"{key}_us": round(value, 1) for key, value in us.items()},
         "x_plain": round(us["plain"] / us["lowered"], 3), "x_today": round(us["today"] / us["lowered"], 3),
         "floor_us": round(least, 1),
@@ -185,6 +185,7 @@ def main(
     layers: int = 2,
     replays: int = 40,
     rounding: Annotated[list[str] | None, typer.Option(help="compiled, eager; may repeat")] = None,
+    norm: Annotated[bool, typer.Option(help="layers normalise what they read, as in a model")] = False,
     minutes: Annotated[float, typer.Option(help="start no new line after this")] = 8.0,
     out: Annotated[Path | None, typer.Option(help="JSON lines are appended here")] = None,
     kernels: Annotated[Path | None, typer.Option(help="CSV of kernels a layer is appended here")] = None,
@@ -200,7 +201,7 @@ def main(
         ws.allocate()
         each = sizes_of.experts // dist.get_world_size()
         moe_ops.place_experts(ws, rank * each, each)
-        stack = [make_weights(sizes_of, rank, dist.get_world_size(), seed) for seed in range(layers)]
+        stack = [make_weights(sizes_of, rank, dist.get_world_size(), seed, norm) for seed in range(layers)]
         for mode in rounding or ["compiled"]:
             for size in sizes:
                 if is_late(began, minutes):

@@ -36,16 +36,20 @@ SHAPES = {
 
 @dataclass
 class Weights:
-    """One layer on one rank: router (E, H), experts (E_l, 2I, H) and (E_l, H, I), shared (2S, H) and (H, S)."""
+    """One layer on one rank: router (E, H), experts (E_l, 2I, H) and (E_l, H, I), shared (2S, H) and (H, S).
+
+    ``norm (H,)``: of what the layer reads; the result of the last one is normalised too, as by the block behind it.
+    """
 
     router: Tensor
     gate_up: Tensor
     down: Tensor
     shared_gate_up: Tensor | None
     shared_down: Tensor | None
+    norm: Tensor | None = None
 
 
-def make_weights(shape: Shape, rank: int, world: int, seed: int) -> Weights:
+def make_weights(shape: Shape, rank: int, world: int, seed: int, norm: bool = False) -> Weights:
     """Random bf16 weights; router and shared expert are equal on all ranks."""
 
     def tensor(key: int, *size: int) -> Tensor:
@@ -61,7 +65,16 @@ def make_weights(shape: Shape, rank: int, world: int, seed: int) -> Weights:
         tensor(10 + 2 * rank, local, 2 * shape.inner, shape.hidden),
         tensor(11 + 2 * rank, local, shape.hidden, shape.inner),
         *(shared or (None, None)),
+        tensor(3, shape.hidden) + 1 if norm else None,
     )
+
+
+def normalised(x: Tensor, weight: Tensor | None) -> Tensor:
+    """RMSNorm as transformers writes it; ``x`` itself without a weight."""
+    if weight is None:
+        return x
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def route(x: Tensor, weights: Weights, top_k: int) -> tuple[Tensor, Tensor]:
@@ -97,13 +110,14 @@ def ours(
     start, gathered = rank * (shape.experts // world), world * x.shape[0]
     for weights in layers:
         metadata = ops.metadata_update(count, group)
-        chosen, ids = route(x if fixed is None else fixed, weights, shape.top_k)
-        rows, ids, chosen = ops.agv_dispatch(x, ids, chosen, count, metadata, gathered, group)
+        h = normalised(x, weights.norm)
+        chosen, ids = route(h if fixed is None else fixed, weights, shape.top_k)
+        rows, ids, chosen = ops.agv_dispatch(h, ids, chosen, count, metadata, gathered, group)
         if seen is not None:
             seen.append(ids)
         y = ops.fused_moe(rows, ids, chosen, weights.gate_up, weights.down, metadata[0:1], start)
-        x = x + add_shared(ops.rsv_combine(y, count, metadata, x.shape[0], group), x, weights)
-    return x
+        x = x + add_shared(ops.rsv_combine(y, count, metadata, x.shape[0], group), h, weights)
+    return normalised(x, layers[0].norm)
 
 
 class _Experts:
@@ -126,14 +140,15 @@ def today(x: Tensor, layers: list[Weights], shape: Shape, rank: int, world: int,
 
     local = shape.experts // world
     for weights in layers:
-        rows = collectives.all_gather_tensor(x, 0, group) if world > 1 else x
+        h = normalised(x, weights.norm)
+        rows = collectives.all_gather_tensor(h, 0, group) if world > 1 else h
         chosen, ids = route(rows, weights, shape.top_k)
         ids = ids - rank * local
         ids = torch.where((ids >= 0) & (ids < local), ids, local)
         y = grouped_mm_experts_forward(_Experts(weights), rows, ids, chosen)  # pyright: ignore[reportArgumentType]
         routed = collectives.reduce_scatter_tensor(y, "sum", 0, group) if world > 1 else y
-        x = x + add_shared(routed, x, weights)
-    return x
+        x = x + add_shared(routed, h, weights)
+    return normalised(x, layers[0].norm)
 
 
 # One H200 reads at most 4.37 TB/s; a peer's stores arrive at 381 GB/s, loads at 363. An exchange of all ranks that
