@@ -15,8 +15,17 @@ from torch import Tensor
 
 from .fused_moe import launch_fused_moe
 from .fused_moe_config import (
-    FEW_PAIRS, MAX_FEW_PAIRS, TABLES, WIDE_ROWS, Plan, Shape, Tiles, default_plan, load_table, table_name,
-)  # fmt: skip
+    FEW_PAIRS,
+    MAX_FEW_PAIRS,
+    TABLES,
+    WIDE_ROWS,
+    Plan,
+    Shape,
+    Tiles,
+    default_plan,
+    load_table,
+    table_name,
+)
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of an H200
 _SHARED_BYTES = 227 << 10  # of one SM of an H100 or H200
@@ -188,6 +197,8 @@ def launching_variants(plan: Plan) -> Iterator[Plan]:
         yield replace(plan, group=group)
     for programs in (1, 2, 3, 16):
         yield replace(plan, programs=programs)
+    if plan.gate_up.block_m == 128:
+        yield replace(plan, rest=True)
 
 
 class Tuner:

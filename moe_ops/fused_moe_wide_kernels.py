@@ -129,7 +129,9 @@ def gate_up_wide_kernel(
                                HAS_BIAS, HAS_LIMIT, ROWS, BLOCK_N, CHUNK)  # fmt: skip
             act.store([first, tile * BLOCK_N], value.to(act.dtype))
         else:
-            few_where, few_mask = _gathered_rows(x_ptr, sorted_ptr, first, num_pairs, x_stride, TAIL_ROWS, TOP_K, BLOCK_K)
+            few_where, few_mask = _gathered_rows(
+                x_ptr, sorted_ptr, first, num_pairs, x_stride, TAIL_ROWS, TOP_K, BLOCK_K
+            )
             _, few_acc = _products(
                 x_ptr, few_where, few_mask, x_ptr, few_where, few_mask, w, expert, chunk, col, hidden,
                 False, True, ROWS, TAIL_ROWS, WIDTH, BLOCK_K, EVEN_K, False,

@@ -16,7 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_ops import (
-    align_kernels, fused_moe_few_kernels, fused_moe_kernels, fused_moe_many_kernels, fused_moe_rest_kernels,
+    align_kernels,
+    fused_moe_few_kernels,
+    fused_moe_kernels,
+    fused_moe_many_kernels,
+    fused_moe_rest_kernels,
     fused_moe_wide_kernels,
 )  # fmt: skip
 from moe_ops.fused_moe_config import Plan, Shape, Tiles, default_plan, invariant_plan
@@ -187,7 +191,10 @@ def test_a_flat_loop_and_warps_of_their_own_spill_nothing():
 
 def test_quarters_of_tiles_leave_room_for_two_programs_an_sm_and_end_after_the_kernel_before():
     tiles = Tiles(64, 128, 64, 4, 4)
-    for kernel, parts in ((fused_moe_rest_kernels.gate_up_rest_kernel, 2), (fused_moe_rest_kernels.down_rest_kernel, 1)):
+    for kernel, parts in (
+        (fused_moe_rest_kernels.gate_up_rest_kernel, 2),
+        (fused_moe_rest_kernels.down_rest_kernel, 1),
+    ):
         code = _gemm(kernel, Plan(tiles, tiles), replace(tiles, block_n=tiles.block_n // parts), parts)
         assert code.stack == 0 and code.registers <= 255 and code.has("wgmma.mma_async")
         assert code.ptx.rindex("griddepcontrol.wait") > code.ptx.rindex("wgmma.mma_async")
@@ -203,8 +210,16 @@ def test_many_rows_wait_for_align_before_others_may_start():
 @pytest.mark.parametrize("bias", [False, True])
 def test_blocks_of_192_rows_fit_into_the_registers(bias):
     constants = FORM | {"ROWS": 128, "TAIL_ROWS": 64, "BLOCK_K": 64, "CHUNK": 64, "HAS_BIAS": bias}
-    first = {"w": "tensordesc<bf16[1,2,2,64,64]>", "act": "tensordesc<bf16[128,128]>", "tail": "tensordesc<bf16[64,128]>"}
-    second = {"w": "tensordesc<bf16[1,1,1,256,64]>", "act": "tensordesc<bf16[128,64]>", "tail": "tensordesc<bf16[64,64]>"}
+    first = {
+        "w": "tensordesc<bf16[1,2,2,64,64]>",
+        "act": "tensordesc<bf16[128,128]>",
+        "tail": "tensordesc<bf16[64,128]>",
+    }
+    second = {
+        "w": "tensordesc<bf16[1,1,1,256,64]>",
+        "act": "tensordesc<bf16[128,64]>",
+        "tail": "tensordesc<bf16[64,64]>",
+    }
     gate_up = compiled(fused_moe_wide_kernels.gate_up_wide_kernel, constants | {"BLOCK_N": 128}, 8, 3, first)
     down = compiled(fused_moe_wide_kernels.down_wide_kernel, constants | {"BLOCK_N": 256}, 8, 3, second)
     assert max(gate_up.stack, down.stack) <= (16 if bias else 0)  # four registers, with Triton 3.9
