@@ -31,6 +31,7 @@ def compile_once(way: str, model: str, layers: int, batch: int) -> dict:
     from decode_models import OurStep, build, config_of
 
     import graphs
+    import graphs.decode  # registers the ops that lowering puts into a step
     import lowering
     from graphs.attention import use_decode_attention
     from graphs.hf_slots import adapt_attention

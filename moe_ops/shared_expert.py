@@ -141,9 +141,9 @@ def _silu_and_mul(gate: Tensor, up: Tensor, out: Tensor, round_each: bool) -> No
 
 
 # Tiles of the thin kernels: BLOCK_N columns a program. 16 give DeepSeek-V3's 2048 inner columns 128 programs, one an
-# SM; with the rows 72 to 144 KiB are on their way in each, so that dispatch and combine fit in beside it.
-_FIRST = {"BLOCK_N": 16, "PART": 256, "num_stages": 4, "num_warps": 4}
-_LAST = {"BLOCK_N": 32, "PART": 256, "num_stages": 4, "num_warps": 4}
+# SM, in which each of eight warps sums an eighth of a row; dispatch and combine fit in beside them.
+_FIRST = {"BLOCK_N": 16, "PARTS": 8, "PART": 64, "num_stages": 3, "num_warps": 8}
+_LAST = {"BLOCK_N": 16, "PARTS": 8, "PART": 64, "num_stages": 3, "num_warps": 8}
 
 
 def thin_gate_up(x: Tensor, weights: Sequence[Tensor], out: Tensor, **chosen: int) -> None:
@@ -158,8 +158,8 @@ def thin_gate_up(x: Tensor, weights: Sequence[Tensor], out: Tensor, **chosen: in
     gate, up = (weight.t().contiguous() for weight in _halves(weights))
     (rows, depth), inner, sizes = x.shape, out.shape[1], _FIRST | chosen
     thin_gate_up_kernel[(-(-inner // sizes["BLOCK_N"]),)](
-        x.contiguous(), gate, up, out, rows, inner, depth, ROWS=_padded(rows), EVEN=depth % sizes["PART"] == 0,
-        **sizes,  # pyright: ignore[reportCallIssue, reportArgumentType]
+        x.contiguous(), gate, up, out, rows, inner, depth,
+        **_constants(rows, depth, sizes),  # pyright: ignore[reportCallIssue, reportArgumentType]
     )  # fmt: skip
 
 
@@ -174,8 +174,8 @@ def thin_product(x: Tensor, weight: Tensor, out: Tensor, **chosen: int) -> None:
 
     (rows, depth), width, sizes = x.shape, out.shape[1], _LAST | chosen
     thin_product_kernel[(-(-width // sizes["BLOCK_N"]),)](
-        x, weight.t().contiguous(), out, rows, width, depth, ROWS=_padded(rows), EVEN=depth % sizes["PART"] == 0,
-        **sizes,  # pyright: ignore[reportCallIssue, reportArgumentType]
+        x, weight.t().contiguous(), out, rows, width, depth,
+        **_constants(rows, depth, sizes),  # pyright: ignore[reportCallIssue, reportArgumentType]
     )  # fmt: skip
 
 
@@ -183,5 +183,6 @@ def _halves(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     return weights if len(weights) == 2 else weights[0].chunk(2, -1)
 
 
-def _padded(rows: int) -> int:
-    return max(16, 1 << (rows - 1).bit_length())
+def _constants(rows: int, depth: int, sizes: dict[str, int]) -> dict[str, int]:
+    padded, step = max(16, 1 << (rows - 1).bit_length()), sizes["PARTS"] * sizes["PART"]
+    return sizes | {"ROWS": padded, "EVEN": depth % step == 0}
