@@ -88,6 +88,7 @@ class Shape:
 
 
 FEW_PAIRS = 128  # above it (H200, Qwen3-30B, 512 pairs: 400 against 282 us) an align launch pays
+TALLEST_BLOCK = 128  # rows; a tuned plan with shorter blocks says nothing of more rows than it was measured with
 MAX_FEW_PAIRS = 1024  # what one chunk of the few-rows kernels holds
 
 
@@ -145,7 +146,7 @@ def table_name(gpu: str) -> str:
 
 
 def choose_plan(shape: Shape, gpu: str, batch_invariant: bool = False) -> Plan:
-    """The tuned plan of the nearest token count above (or the largest below), else the default.
+    """The tuned plan of the nearest token count above (or the largest below, if for many rows), else the default.
 
     ``batch_invariant`` takes it where it has the weights as left operand throughout (see ``invariant_plan``).
     """
@@ -162,4 +163,5 @@ def _tuned_plan(shape: Shape, gpu: str) -> Plan | None:
         return None
     counts = sorted(map(int, tuned))
     nearest = next((count for count in counts if count >= shape.tokens), counts[-1])
-    return Plan.from_json(tuned[str(nearest)])
+    plan = Plan.from_json(tuned[str(nearest)])
+    return plan if nearest >= shape.tokens or plan.gate_up.block_m >= TALLEST_BLOCK else None
