@@ -10,7 +10,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import lowering
-from lowering import fuse_norm
+from lowering import fuse_norm, torch_compat
 from lowering.fuse_norm import FuseNorm
 from lowering.passes import Options, run_passes
 from tests.lowering.layers import H, T, batch, inference_graph, ops, routed, text, weights
@@ -194,7 +194,7 @@ def test_runs_only_where_bits_may_change():
 def test_compiled_by_inductor():
     torch._dynamo.reset()
     lowering.enable(rounding="compiled", without=[])
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+    with torch.no_grad(), torch_compat.without_caches():
         with lowering.allow_inexact():
             explanation = lowering.explain(layer, batch(), weights())
             got = torch.compile(layer, fullgraph=True)(batch(), weights())

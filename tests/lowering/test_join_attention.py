@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 
 import graphs.rotated_attention  # noqa: F401  registers both ops
+from lowering import torch_compat
 from lowering.join_attention import JoinAttention
 from tests.lowering.layers import inference_graph, text
 from tests.tolerances import relative_error
@@ -98,7 +99,8 @@ def test_same_values_compiled(dtype: torch.dtype, normed: bool, width: int):
     for graph_pass in (None, run):
         torch._dynamo.reset()
         given = arguments(normed, width, dtype)
-        with torch.no_grad(), inductor_config.patch(post_grad_custom_pre_pass=graph_pass, force_disable_caches=True):
+        passes = inductor_config.patch(post_grad_custom_pre_pass=graph_pass)
+        with torch.no_grad(), passes, torch_compat.without_caches():
             out = torch.compile(attention, fullgraph=True, dynamic=False)(*given)
         results.append((out, *given[6:8]))
     assert len(outcomes[0].done) == 1, outcomes[0].refused

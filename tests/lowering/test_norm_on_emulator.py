@@ -18,6 +18,7 @@ T, H, K, E, I, LAYERS = 4, 264, 2, 4, 16, 2  # rows of more than one chunk a lan
 def compiled_layers(rank: Rank) -> dict:
     """What one rank saw: ops after lowering, its fingerprint, meetings, and how far the results are apart."""
     import lowering
+    from lowering import torch_compat
     from lowering.passes import RECENT
 
     torch.set_num_threads(1)
@@ -54,7 +55,7 @@ def compiled_layers(rank: Rank) -> dict:
         torch._dynamo.reset()
         lowering.disable() if inexact is None else lowering.enable(rounding="compiled", without=[], inexact=inexact)
         begin = int(ws.channel.state[1])
-        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        with torch.no_grad(), torch_compat.without_caches():
             compiled = torch.compile(model, fullgraph=True)
             results = [compiled(x, torch.tensor([live], dtype=torch.int32)) for live in lives]
         return results, (int(ws.channel.state[1]) - begin) / len(lives)

@@ -87,7 +87,7 @@ def another_activation(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], co
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
-    with config.patch(force_disable_caches=True):
+    with torch_compat.without_caches():
         yield
     torch_compat.install_pass(None)
     lowering.enable()
