@@ -26,7 +26,7 @@ BIG_PLANS = {
     "many": Plan(MANY, MANY),
     "many-pointers": Plan(Tiles(64, 64, 32, 4, 3), Tiles(64, 64, 32, 4, 3), tma=False),
 }
-BIG_PLANS |= {name: PLANS[name] for name in ("many-flat", "many-special")}
+BIG_PLANS |= {name: PLANS[name] for name in ("many-flat", "many-special", "many-rest", "many-wide")}
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +60,13 @@ def _check_rows(out: Tensor, layer: list[Tensor], rows: Tensor) -> None:
     assert relative_error(out[rows], wanted) <= FUSED_MOE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 512])
-def test_a_thousand_replays_with_other_live_counts(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "plan"), [(1, None), (16, None), (64, None), (512, None), (512, "many-rest"), (512, "many-wide")]
+)
+def test_a_thousand_replays_with_other_live_counts(tokens, plan):
     """Row r of every replay has the bits that it has in an eager call with all rows live."""
     layer = _layer(tokens, 4, 16, 512, 256)
-    chosen = default_plan(Shape(16, 4, 512, 256, tokens))
+    chosen = PLANS[plan] if plan else default_plan(Shape(16, 4, 512, 256, tokens))
     live = _live(tokens)
     wanted = launch_fused_moe(*layer, live, 0, plan=chosen)
     graph = torch.cuda.CUDAGraph()
