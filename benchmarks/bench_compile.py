@@ -2,7 +2,7 @@
 
     python benchmarks/bench_compile.py
 
-The step that ``graphs.DecodeLoop`` compiles, of a model with ``--layers`` layers of true dimensions on one device. Every
+The step that ``graphs.DecodeLoop`` compiles, of a model with ``--layers`` layers of true dimensions on one device. A
 figure is the median over ``--rounds`` fresh processes with empty caches (Inductor's and Triton's), the three ways in
 turn: seconds from the first call to its result, with tracing, passes, Triton and the first launches of our own kernels
 in it, but without imports and weights. ``kernels``: Triton kernels that Inductor wrote.
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -46,8 +46,8 @@ def compile_once(way: str, model: str, layers: int, batch: int) -> dict:
     with torch.no_grad():
         step = OurStep(built, batch, 64)
         step.fill(8)
-        options = {"triton.cudagraphs": True} if device.type == "cuda" else None
-        compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        options: dict[str, Any] | None = {"triton.cudagraphs": True} if device.type == "cuda" else None
+        compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)  # pyright: ignore[reportCallIssue]
         _wait()
         began = time.perf_counter()
         compiled()

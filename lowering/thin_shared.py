@@ -49,7 +49,7 @@ class ThinShared:
             if arguments["shared_x"].meta["val"].device.type not in self.devices:
                 continue
             product = _last_product(layer) if arguments["shared_down"] is None else None
-            down = product.args[1] if product is not None else arguments["shared_down"]
+            down: Any = product.args[1] if product is not None else arguments["shared_down"]
             if reason := _refuse(arguments["shared_x"], [*arguments["shared_gate_up"], *([down] if down else [])]):
                 outcome.refuse(layer.node, reason)
                 continue
@@ -77,8 +77,9 @@ def _last_product(layer: EffectOp) -> Node | None:
         return None
     (product,) = reading
     left, weight = product.args
-    alone = strip_views(left) in layer.results(1) and isinstance(weight, Node)
-    return product if alone and not reaches(weight, lambda node: node is layer.node) else None
+    if strip_views(left) not in layer.results(1) or not isinstance(weight, Node):
+        return None
+    return None if reaches(weight, lambda node: node is layer.node) else product
 
 
 def _take_along(layer: EffectOp, product: Node) -> None:
