@@ -47,7 +47,8 @@ def compile_once(way: str, model: str, layers: int, batch: int) -> dict:
         step = OurStep(built, batch, 64)
         step.fill(8)
         options: dict[str, Any] | None = {"triton.cudagraphs": True} if device.type == "cuda" else None
-        compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)  # pyright: ignore[reportCallIssue]
+        how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": options}
+        compiled = torch.compile(step, **how)
         _wait()
         began = time.perf_counter()
         compiled()
