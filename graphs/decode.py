@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import lowering  # its passes run whenever a step is compiled
 from moe_ops.errors import CapacityError
 
-from . import rotated_attention as _rotated_attention  # noqa: F401  an op that only lowering calls
 from .attention import use_decode_attention
 from .errors import RequestError
 from .experts import ExpertParallelState

@@ -16,7 +16,7 @@ from moe_ops.errors import ShapeError
 from moe_ops.registration import register_op
 from moe_ops.shapes import check_rank, check_same_device
 
-from .attention import check_attention, reference
+from .attention_reference import check_attention, reference
 
 _OP = "rotate_and_attend"
 

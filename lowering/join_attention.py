@@ -97,12 +97,16 @@ class JoinAttention:
         for node in list(graph.nodes):
             if node.op != "call_function" or not is_moe_op(node.target, "decode_attention"):
                 continue
-            found = _match(node)
+            found = _match(node) if _registered() else "moe_ep::rotate_and_attend is not registered"
             if isinstance(found, str):
                 outcome.refuse(node, found)
             else:
                 outcome.done.append(found.replace())
         return outcome
+
+
+def _registered() -> bool:
+    return hasattr(torch.ops.moe_ep, "rotate_and_attend")
 
 
 def _match(attention: Node) -> NewToken | str:

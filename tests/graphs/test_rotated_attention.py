@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +16,7 @@ from tests.moe_ops.interpreted import run_checks
 
 op = torch.ops.moe_ep.rotate_and_attend
 CHECKS = "../graphs/rotated_attention_checks.py"
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = (2, 4, 2, 6, 8, 4, 8)
 
 
@@ -27,6 +32,12 @@ def test_kernel_in_the_interpreter():
 @pytest.mark.gpu("1 H200: the compiled kernel, bf16")
 def test_kernel_on_the_gpu():
     run_checks(CHECKS, interpret=False)
+
+
+def test_registered_with_the_op_whose_place_it_takes():
+    """Whoever can have decode attention in a graph has this op too: lowering puts it there."""
+    code = "import graphs.attention, torch; torch.ops.moe_ep.rotate_and_attend.default"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
 
 
 def test_literal():

@@ -6,8 +6,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-import graphs.rotated_attention  # noqa: F401  registers both ops
-from lowering import torch_compat
+import graphs.attention  # noqa: F401  registers both ops
+from lowering import join_attention, torch_compat
 from lowering.join_attention import JoinAttention
 from tests.lowering.layers import inference_graph, text
 from tests.tolerances import relative_error
@@ -124,6 +124,13 @@ def test_refused(function, reason: str):
     assert not outcome.done
     assert [reason in refusal.reason for refusal in outcome.refused] == [True], outcome.refused
     module.graph.lint()
+
+
+def test_refused_where_the_op_is_not_registered(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(join_attention, "_registered", lambda: False)
+    module, _ = inference_graph(attention, *arguments(), **IN_PLACE)
+    outcome = PASS.run(module.graph)
+    assert [refusal.reason for refusal in outcome.refused] == ["moe_ep::rotate_and_attend is not registered"]
 
 
 def test_different_angles_are_refused():
