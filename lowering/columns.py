@@ -51,20 +51,25 @@ class Columns:
     descending: set[Node]  # those whose columns are ordered, the largest first
     done: list[str] = field(default_factory=list)
 
-    def spread(self) -> None:
-        """Compute by column whatever can be; put the columns together where something else reads them."""
-        for node in list(self.graph.nodes):
-            if any(parent in self.known for parent in node.all_input_nodes):
+    def spread(self, start: Node) -> None:
+        """Compute by column whatever can be; put the columns together where something else reads them.
+
+        Columns that are known lie before their node; all that reads them lies behind ``start``.
+        """
+        waiting = {user for node in self.known for user in node.users}
+        following = start.next
+        while waiting:
+            node, following = following, following.next
+            if node in waiting:
+                waiting.remove(node)
                 with self.graph.inserting_before(node):
                     self._visit(node)
+                waiting.update(node.users if node in self.known else ())
         for node, columns in reversed(self.known.items()):
             if node.users:
-                with self.graph.inserting_after(max((*columns, node), key=self._position)):
+                with self.graph.inserting_after(node):
                     node.replace_all_uses_with(self.write(aten.cat.default, columns, -1))
             self.graph.erase_node(node)
-
-    def _position(self, node: Node) -> int:
-        return next(number for number, other in enumerate(self.graph.nodes) if other is node)
 
     def _visit(self, node: Node) -> None:
         if node.target in POINTWISE and all(map(self._is_column, node.all_input_nodes)):

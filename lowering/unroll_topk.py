@@ -73,7 +73,7 @@ class RouterTopk:
         assert all(read.target is operator.getitem for read in reads)
         known = {read: ids if read.args[1] else values for read in reads}
         columns = Columns(graph, write, known, {r for r in reads if r.args[1]}, {r for r in reads if not r.args[1]})
-        columns.spread()
+        columns.spread(self.node)
         graph.erase_node(self.node)
         return f"{self.node.name}: {self.k} maxima" + "".join(f", {name}" for name in columns.done)
 
