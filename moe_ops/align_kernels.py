@@ -213,5 +213,5 @@ def launch(
         topk_ids, valid_tokens, sorted_ids, expert_ids, total,
         topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts, sorted_ids.numel(),
         BLOCK=block_size, CHUNK=chunk, BINS=triton.next_power_of_2(num_local_experts), SHARE=share, BLOCKS=_BLOCKS,
-        num_warps=min(max(chunk // 256, 4), 16), **chain_start(True, topk_ids.device),
+        num_warps=min(max(chunk // 256, 4), 8), **chain_start(True, topk_ids.device),
     )  # fmt: skip

@@ -42,12 +42,10 @@ class Plan:
     ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent programs per SM;
     ``rest`` (many rows, blocks of 128, ``programs`` 1): a last round with few tiles is launched in quarters of tiles;
     ``tma`` bulk copies of weights where their strides allow; ``pdl`` programmatic dependent launch;
-    ``prefetch`` bytes a program of the second few-rows kernel asks L2 for before the first one ends (16 | prefetch);
-    ``prefetch_up`` bytes of each part that one of the first asks for at its start.
+    ``prefetch`` bytes a program of the second few-rows kernel asks L2 for before the first one ends (16 | prefetch),
+    the first ones of each of its columns.
     ``slots`` (few rows): programs for each tile, about as many as there are local pairs; more pairs are looped over.
     0: one for each pair of a chunk, or for each expert where these are fewer.
-    ``down_sum`` (few rows): the second kernel sums, too, and there is no third. Its ``block_m`` slots of a token times
-    ``block_n`` columns of H are the left operand. For weights as stored by default; else the plan's other tiles hold.
     """
 
     gate_up: Tiles
@@ -59,14 +57,12 @@ class Plan:
     tma: bool = True
     pdl: bool = True
     prefetch: int = 0
-    prefetch_up: int = 0
     slots: int = 0
-    down_sum: Tiles | None = None
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:
         own: dict[str, Any] = {field.name: entry[field.name] for field in fields(Plan) if field.name in entry}
-        own |= {name: Tiles(**entry[name]) for name in ("gate_up", "down", "down_sum") if entry.get(name)}
+        own |= {name: Tiles(**entry[name]) for name in ("gate_up", "down")}
         return Plan(**own)
 
     def to_json(self) -> dict[str, Any]:

@@ -199,19 +199,6 @@ def store_tile(out_ptr, out_rows, row_mask, tile, width, acc, BLOCK_N: tl.conste
 
 
 @triton.jit
-def slot_weights(ids_ptr, weights_ptr, row, expert_start, num_experts, TOP_K: tl.constexpr):
-    """A row's weights in fp32, then whether each slot's expert is local: a tuple of ``2 * TOP_K`` scalars."""
-    weights = ()
-    local = ()
-    for slot in tl.static_range(TOP_K):
-        at = tl.cast(row, tl.int64) * TOP_K + slot
-        expert = tl.load(ids_ptr + at)
-        local = local + ((expert >= expert_start) & (expert < expert_start + num_experts),)
-        weights = weights + (tl.load(weights_ptr + at).to(tl.float32),)
-    return weights + local
-
-
-@triton.jit
 def topk_sum_kernel(
     pairs_ptr, ids_ptr, weights_ptr, valid_ptr, out_ptr, out_stride, num_rows, hidden, expert_start, num_experts,
     TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
@@ -224,19 +211,17 @@ def topk_sum_kernel(
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = cols < hidden
     live = tl.minimum(tl.load(valid_ptr), num_rows)
-    # inputs only, so ahead of the wait and of the live count
-    slots = slot_weights(ids_ptr, weights_ptr, tl.program_id(0), expert_start, num_experts, TOP_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for row in range(tl.program_id(0), live, tl.num_programs(0)):
         pair = tl.cast(row, tl.int64) * TOP_K
         acc = tl.zeros((BLOCK_H,), tl.float32)
         for slot in tl.static_range(TOP_K):
-            local = slots[TOP_K + slot]
+            expert = tl.load(ids_ptr + pair + slot)
+            local = (expert >= expert_start) & (expert < expert_start + num_experts)
+            weight = tl.load(weights_ptr + pair + slot).to(tl.float32)
             inside_local = cols < tl.where(local, hidden, 0)
             value = tl.load(pairs_ptr + (pair + slot) * hidden + cols, mask=inside_local, other=0.0)
             # a remote slot adds nothing, whatever its weight holds
-            acc = tl.fma(tl.where(local, slots[slot], 0.0), value.to(tl.float32), acc)
+            acc += tl.where(local, weight, 0.0) * value.to(tl.float32)
         tl.store(out_ptr + tl.cast(row, tl.int64) * out_stride + cols, acc.to(out_ptr.dtype.element_ty), mask=inside)
-        next_row = tl.minimum(row + tl.num_programs(0), num_rows - 1)
-        slots = slot_weights(ids_ptr, weights_ptr, next_row, expert_start, num_experts, TOP_K)

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import fused_moe_wide
 from .align import launch_align
 from .fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan
-from .fused_moe_few_kernels import down_few_kernel, down_sum_few_kernel, gate_up_few_kernel
+from .fused_moe_few_kernels import down_few_kernel, gate_up_few_kernel
 from .fused_moe_kernels import topk_sum_kernel
 from .fused_moe_many_kernels import down_many_kernel, gate_up_many_kernel
 from .fused_moe_rest_kernels import down_rest_kernel, gate_up_rest_kernel
@@ -117,11 +117,6 @@ def _few_routing(problem: Problem, plan: Plan, tiles: Tiles) -> tuple[int, dict[
     return programs, {"PAIRS": max(chunk, tiles.block_m), "BY_PAIR": by_pair}  # a small chunk is taken as one block
 
 
-def _can_prefetch(problem: Problem) -> bool:
-    """Columns must lie one after the other; the interpreter has no L2."""
-    return problem.hidden.is_cuda and not problem.form.transposed
-
-
 def _gate_up_few(problem: Problem, plan: Plan) -> Tensor:
     """The inner activations, (M * K, I)."""
     hidden, ids, form = problem.hidden, problem.topk_ids, problem.form
@@ -129,12 +124,11 @@ def _gate_up_few(problem: Problem, plan: Plan) -> Tensor:
     programs, routing = _few_routing(problem, plan, plan.gate_up)
     act = hidden.new_empty(ids.numel(), inner)
     weights, args = _gate_up(problem, plan)
-    prefetch = plan.prefetch_up if args["TMA"] and _can_prefetch(problem) else 0
     gate_up_few_kernel[(triton.cdiv(inner, plan.gate_up.block_n), programs)](
-        hidden, ids, problem.valid_tokens, weights, problem.gate_up, _or(problem.gate_up_bias, problem.gate_up), act,
+        hidden, ids, problem.valid_tokens, weights, _or(problem.gate_up_bias, problem.gate_up), act,
         rows, hidden.stride(0), problem.expert_start, problem.gate_up.shape[0], width, inner,
         form.alpha or 0.0, form.limit or 0.0,
-        PREFETCH=prefetch, **routing, **args, **chain_start(plan.pdl, hidden.device),
+        **routing, **args, **chain_start(plan.pdl, hidden.device),
     )  # fmt: skip
     return act
 
@@ -143,28 +137,12 @@ def _run_few(problem: Problem, plan: Plan, pairs: Tensor) -> None:
     act, width = _gate_up_few(problem, plan), problem.hidden.shape[1]
     programs, routing = _few_routing(problem, plan, plan.down)
     weights, args = _down(problem, plan)
-    prefetch = plan.prefetch if args["TMA"] and _can_prefetch(problem) else 0
+    prefetch = plan.prefetch if args["TMA"] and not problem.form.transposed else 0  # columns one after the other
     down_few_kernel[(triton.cdiv(width, plan.down.block_n), programs)](
         act, problem.topk_ids, problem.valid_tokens, weights, problem.down, _or(problem.down_bias, problem.down), pairs,
         problem.hidden.shape[0], problem.expert_start, problem.gate_up.shape[0], width, problem.inner,
         TOP_K=problem.topk_ids.shape[1], PREFETCH=prefetch, **routing, **args,
         **chain_link(plan.pdl, problem.hidden.device),
-    )  # fmt: skip
-
-
-def _run_few_and_sum(problem: Problem, plan: Plan, tiles: Tiles) -> None:
-    """Two launches: the second projection of a row's pairs and their sum are one."""
-    act, (rows, width), inner = _gate_up_few(problem, plan), problem.hidden.shape, problem.inner
-    top_k, out = problem.topk_ids.shape[1], problem.out
-    programs = min(rows, triton.cdiv(plan.pairs, top_k))
-    prefetch = plan.prefetch if inner * act.element_size() % _TMA_ALIGN == 0 and _can_prefetch(problem) else 0
-    down_sum_few_kernel[(triton.cdiv(width, tiles.block_n), programs)](
-        act, problem.topk_ids, problem.valid_tokens, problem.down, problem.topk_weights,
-        _or(problem.down_bias, problem.down), out,
-        out.stride(0), rows, problem.expert_start, problem.gate_up.shape[0], width, inner,
-        TOP_K=top_k, HAS_BIAS=problem.down_bias is not None, PREFETCH=prefetch,
-        SLOTS=tiles.block_m, BLOCK_H=tiles.block_n, BLOCK_K=tiles.block_k, EVEN_K=inner % tiles.block_k == 0,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **chain_link(plan.pdl, problem.hidden.device),
     )  # fmt: skip
 
 
@@ -260,14 +238,11 @@ def sum_pairs(
 
 
 def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: Plan | None = None) -> None:
-    """Fill ``problem.out``: two or three launches for few rows, four for many."""
+    """Fill ``problem.out``: three launches for few rows, four for many."""
     if problem.topk_ids.numel() == 0 or problem.hidden.shape[1] == 0:
         problem.out.zero_()
         return
     problem, plan = _prepare(problem, tokens_hint, batch_invariant, plan)
-    if plan.pairs and plan.down_sum and not problem.form.transposed:
-        _run_few_and_sum(problem, plan, plan.down_sum)
-        return
     sum_pairs(
         _run_pairs(problem, plan), problem.topk_ids, problem.topk_weights, problem.valid_tokens, problem.out,
         problem.expert_start, problem.gate_up.shape[0], chain_link(plan.pdl, problem.hidden.device),

@@ -192,6 +192,8 @@ def launching_variants(plan: Plan) -> Iterator[Plan]:
         yield replace(plan, pdl=not plan.pdl)
         for size in (0, 16384, 65536, 262144):
             yield replace(plan, prefetch=size)
+        for slots in (0, 2, 4, 8, 16):
+            yield replace(plan, slots=slots)
         return
     for group in (1, 4, 16, 32):
         yield replace(plan, group=group)

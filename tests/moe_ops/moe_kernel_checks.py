@@ -15,7 +15,6 @@ from moe_ops.align import align_block_size, launch_align
 from moe_ops.fused_moe import launch_fused_moe
 from moe_ops.fused_moe_config import Plan, Tiles
 from tests.moe_ops.moe_cases import FORMS, Case, build, check
-from tests.tolerances import relative_error
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float16)
@@ -38,8 +37,6 @@ PLANS = {
     "few-slots": Plan(T16S, T64S, pairs=64, slots=2),
     "few-bisect": Plan(T64S, T64S, pairs=128),
     "few-pointers": Plan(T16, T16, pairs=64, tma=False),
-    "few-sum": Plan(T16S, replace(T16S, block_n=64), pairs=128, down_sum=Tiles(4, 16, 64, 4, 3)),
-    "few-sum-of-parts": Plan(T16S, T16S, pairs=16, prefetch_up=256, down_sum=Tiles(2, 32, 32, 4, 3)),
     "many": Plan(T64, T64),
     "many-flat": Plan(replace(T64, flat=True), replace(T64, flat=True)),
     "many-special": Plan(replace(T64, block_m=128), Tiles(128, 128, 64, 4, 3, special=True)),
@@ -63,14 +60,14 @@ def test_plans(plan, case):
 
 
 @pytest.mark.parametrize(
-    "plan", ["few-swap", "few-sum", "few-pointers", "many", "many-128", "many-special", "many-wide"]
+    "plan", ["few-swap", "few-pointers", "many", "many-128", "many-special", "many-wide"]
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form, plan):
     check(run, ODD, FORMS[form], DTYPE, DEVICE, plan=PLANS[plan])
 
 
-@pytest.mark.parametrize("plan", ["default", "few-sum", "few-chunks", "few-fewer-pairs-than-experts", "many-128"])
+@pytest.mark.parametrize("plan", ["default", "few-chunks", "few-fewer-pairs-than-experts", "many-128"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -121,20 +118,6 @@ def test_batch_invariance_holds_across_plans(rows):
     rest[2] = torch.tensor([rows], dtype=torch.int32, device=hidden.device)
     part = run(hidden[-rows:], ids[-rows:], weights[-rows:], *rest, batch_invariant=True)
     assert torch.equal(part, whole[-rows:])
-
-
-@pytest.mark.parametrize("form", ["swiglu", "minimax-m3"])
-def test_the_sum_in_the_second_gemm_has_the_bits_of_a_kernel_of_its_own(form):
-    case = Case(rows=9, top_k=5, hidden=256, inner=192, live=8)
-    if not ON_GPU:
-        case = replace(case, rows=3, hidden=48, inner=32, live=2)
-    arguments, options = build(case, FORMS[form] | {"bias": True}, DTYPE, DEVICE)
-    plan = Plan(T16S, replace(T16S, block_n=64), pairs=64)
-    wanted = run(*arguments, **options, plan=plan)[: case.live]
-    for tiles in (Tiles(8, 16, 64, 4, 3), Tiles(2, 32, 32, 4, 3)):
-        got = run(*arguments, **options, plan=replace(plan, down_sum=tiles))[: case.live]
-        # the interpreter's products depend on their shape
-        assert torch.equal(got, wanted) if ON_GPU else relative_error(got, wanted) < 1e-3
 
 
 def test_a_new_thread():
