@@ -19,7 +19,8 @@ where Inductor's code for it does.
 
 Where torch would fold the add into the last GEMM (``addmm``, which rounds once), that GEMM stays in the graph behind
 the combine, and the op returns ``act``: with ``rounding="eager"`` the add joined the combine before, and all of it runs
-beside. A gate on the shared expert (Qwen2-MoE) and everything else that follows stays in the graph too.
+beside. A gate on the shared expert (Qwen2-MoE) and everything else that follows stays in the graph too. More than
+``MAX_ROWS`` rows stay behind the layer: their products fill the GPU, and each side slows the other down.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .effects import EffectOp, effect_ops, insert_effect, reaches, read
 from .report import Outcome
 
 aten, prims = torch.ops.aten, torch.ops.prims
+MAX_ROWS = 64  # 128 are slower beside (2709 us, 2705 behind; Qwen2-MoE 221, 212), 32 faster (2 H200s, bench_overlap)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default)
 LAYER = (
     "hidden", "topk_ids", "topk_weights", "gate_up", "down", "local_tokens", "metadata", "local_expert_start",
@@ -120,6 +122,9 @@ class OverlapShared:
 
 def _match(layer: EffectOp, activation: Activation) -> SharedExpertMatch | str:
     """The shared expert around an activation of the layer's input, or why it stays where it is."""
+    rows = layer.arguments["hidden"].meta["val"].shape[0]
+    if rows > MAX_ROWS:
+        return f"{rows} rows: beside the layer it takes longer than behind it"
     reading = readers(activation.mul)
     product = reading[0]
     if len(reading) > 1 or product.target is not aten.mm.default or strip_views(product.args[0]) is not activation.mul:

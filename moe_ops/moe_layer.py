@@ -118,7 +118,7 @@ def _run_shared(
     shared = _shared_expert(
         shared_x, shared_gate_up, shared_down, shared_position, shared_round_each, shared_thin, hidden
     )
-    beside = Beside(shared, at_once=shared_position >= 0)
+    beside = Beside(shared)
     try:
         ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank}
         ws = resolve(group_name, _OP_SHARED)
@@ -126,8 +126,7 @@ def _run_shared(
         out = moe_combine._run(
             *batch, gate_up, down, local_tokens, metadata, local_expert_start, hidden.shape[0],
             _insert(addends, shared_position, beside.result), group_name,
-            experts_per_rank=experts_per_rank,
-            before_combine=beside.join if shared_position >= 0 else beside.go_on, **options,
+            experts_per_rank=experts_per_rank, before_combine=beside.join if shared_position >= 0 else None, **options,
         )  # fmt: skip
     finally:
         result = beside.join()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._inductor import config
 
 import lowering
-from lowering import torch_compat
+from lowering import overlap_shared, torch_compat
 from lowering.passes import Options, run_passes
 from tests.lowering.layers import H, batch, inference_graph, routed, text, weights
 
@@ -157,6 +157,13 @@ halves_swapped eager: nothing found
 another_activation compiled: nothing found
 another_activation eager: nothing found""",  # noqa: E501
     )
+
+
+def test_many_rows_stay_behind(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(overlap_shared, "MAX_ROWS", 7)
+    graph, done, refused = lower(deepseek)
+    assert not done and "!moe_layer_shared" not in graph
+    assert refused == ["mul: 8 rows: beside the layer it takes longer than behind it"]
 
 
 def run(model: Callable) -> Tensor:
