@@ -15,9 +15,8 @@ from threading import Lock
 _starting = Lock()
 STARTERS = ("graphs.launch", "moe_ops.emulator.ranks")
 INTERPRETED = [
-    "torch._inductor.compile_fx", "moe_ops.emulator.hook", "moe_ops.dispatch_kernels", "moe_ops.combine_kernels",
-    "moe_ops.metadata_kernels", "moe_ops.dispatch_into_kernels", "moe_ops.combine_from_kernels",
-    "tests.moe_ops.rank_checks", "tests.moe_ops.emulated", "graphs.selftest",
+    "torch._inductor.compile_fx", "graphs.selftest", "tests.moe_ops.preload", "tests.moe_ops.rank_checks",
+    "tests.moe_ops.emulated",
 ]  # fmt: skip
 COMPILED = ["torch._inductor.compile_fx", "graphs.cli", "accelerate", "tests.graphs.model_jobs", "tests.graphs.soak"]
 

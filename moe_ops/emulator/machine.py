@@ -235,7 +235,7 @@ def _signal(thread: _Thread, operands: tuple[str, ...], on: np.ndarray) -> None:
 
 
 _last_poll = (0, b"")
-_SHORT_S, _LONG_S = 0.001, 0.008
+_SHORT_S, _LONG_S = 0.001, 0.05
 _pause = _SHORT_S
 
 
