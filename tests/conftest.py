@@ -17,7 +17,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # kernel checks in a process of t
     hook.install()
 
 # Under ``pytest -n`` a file stays on one worker; these, which take longest, are given out first.
-LONGEST = ("test_killed_rank", "test_models", "test_ranks", "test_combine", "test_zero_copy", "test_cli")
+LONGEST = (
+    "test_killed_rank", "test_models", "test_zero_copy", "test_combine", "test_ranks", "test_on_emulator",
+    "test_norm_on_emulator", "test_route_rows", "test_transports", "test_two_nodes", "test_cli",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
