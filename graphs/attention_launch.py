@@ -111,13 +111,16 @@ def launch_with_new_token(token: NewToken, span: int | None = None, **chosen: in
     found = split(query, keys, values, span)
     batch, kv_heads, length, _ = keys.shape
     norms = (token.query_norm, token.key_norm)
-    constants = sizes(query, keys, values, found) | (JOINED if length <= SHORT else {})
+    tuned = JOINED if length <= SHORT else {}
+    constants: dict[str, Any] = {
+        "TURNED": token.cos.shape[1], "NORMS": tuple(norm is not None for norm in norms),
+        **sizes(query, keys, values, found), **tuned, **chain_start(found.spans > 1, query.device), **chosen,
+    }  # fmt: skip
     _rotate_and_attend_kernel[(batch * kv_heads, found.spans)](
         (query, token.key.contiguous(), token.value.contiguous()),
         tuple(query if norm is None else norm.contiguous() for norm in norms), token.query_eps, token.key_eps,
         (token.cos.contiguous(), token.sin.contiguous()), (keys, values), token.columns, mask.view(torch.uint8),
         found.parts, found.stats, mask.stride(0), token.scale, kv_heads, length,
-        TURNED=token.cos.shape[1], NORMS=tuple(norm is not None for norm in norms),
-        **constants | chain_start(found.spans > 1, query.device) | chosen,
+        **constants,
     )  # fmt: skip
     return found.merge()
