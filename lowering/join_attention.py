@@ -133,6 +133,8 @@ def _written(state: Any, attention: Node) -> Written | None:
     cache, indices, value = given["self"], given["indices"], given["values"]
     if cache.op != "placeholder" or len(indices) != 3 or indices[1] is not None or given["accumulate"]:
         return None
+    if not cache.meta["val"].is_contiguous():
+        return None
     ends = [user for user in state.users if user.target is aten.copy_.default and user.args[0] is cache]
     if len(ends) != 1 or set(state.users) != {attention, ends[0]} or set(cache.users) != {state, ends[0]}:
         return None
