@@ -85,8 +85,8 @@ view_default = view(select_int, [8, 1, 32])
 view_default_1 = view(select_int_1, [8, 1, 32])
 view_3 = view(view_default_1, [8, 32])
 relu = relu(view_3)
-return (relu, view_default)""",
-    )  # noqa: E501
+return (relu, view_default)""",  # noqa: E501
+    )
     assert_expected_inline("\n".join(done), """with_effects_2: with_effects_1 joined by add, add_1, mul_1""")
     assert not refused
 
