@@ -28,13 +28,15 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 import typer
-from layer_models import SHAPES, Weights, floor, make_weights, ours, today, touched_experts
+from layer_models import SHAPES, Seen, Weights, floor, make_weights, ours, today, touched_experts
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import lowering
 import moe_ops
+
+NEAR = 2.0  # steps of bf16 between two logits that two products may order differently
 
 
 @dataclass
@@ -115,9 +117,12 @@ def measure(
         variants.append(capture(variant, lambda: ours(x, layers, count, shape, rank, world, group), len(layers)))
     reference = str(dist.group.WORLD.group_name)  # pyright: ignore[reportOptionalMemberAccess]
     variants.append(capture("today", lambda: today(x, layers, shape, rank, world, reference), len(layers)))
-    errors = compare(variants)
+    seen: list[Seen] = []
+    with torch.no_grad():
+        ours(x, layers, count, shape, rank, world, group, seen=seen)
+    errors = compare(variants, torch.stack([layer.steps for layer in seen]).amin(0))
     us = alternate(variants, replays)
-    least = least_us(x, layers, count, name, group)
+    least = least_us(seen, name, tokens)
     _, exact, plain, _ = variants
     line = {
         "shape": name, "W": world, "T": tokens, "rounding": rounding, "norm": layers[0].norm is not None,
@@ -132,21 +137,20 @@ def measure(
     return line, variants
 
 
-def least_us(x: Tensor, layers: list[Weights], count: Tensor, name: str, group: str) -> float:
+def least_us(seen: list[Seen], name: str, tokens: int) -> float:
     """The floor of a layer, for the routing that was measured and the rank that touches most experts."""
-    shape, rank, world, seen = SHAPES[name], dist.get_rank(), dist.get_world_size(), []
-    with torch.no_grad():
-        ours(x, layers, count, shape, rank, world, group, seen=seen)
+    shape, rank, world = SHAPES[name], dist.get_rank(), dist.get_world_size()
     local = shape.experts // world
     touched = torch.tensor([touched_experts(seen, rank * local, local)], device="cuda")
     dist.all_reduce(touched, op=dist.ReduceOp.MAX)
-    return floor(shape, world, x.shape[0], touched.item())[-1]
+    return floor(shape, world, tokens, touched.item())[-1]
 
 
-def compare(variants: list[Variant]) -> list[float]:
+def compare(variants: list[Variant], steps: Tensor) -> list[float]:
     """Largest difference between lowered and plain, and today, over the largest value; raises where it is no rounding.
 
-    A router's near tie that falls differently changes a whole row, so a tenth of the rows may differ by more.
+    ``steps (T,)``: of ``steps_to_a_tie``, the least of all layers. A near tie of a router that falls differently
+    changes a whole row: those rows alone may differ by more.
     """
     for variant in variants:
         variant.graph.replay()
@@ -155,8 +159,8 @@ def compare(variants: list[Variant]) -> list[float]:
     errors = []
     for result, limit in ((plain, 0.02), (other, 0.05)):
         rows = (lowered - result).abs().amax(1) / result.abs().max()
-        assert (rows < limit).float().mean() >= 0.9, rows
-        errors.append(round(rows.max().item(), 4))
+        assert bool(((rows < limit) | (steps <= NEAR)).all()), (rows, steps)
+        errors.append(round(rows[steps > NEAR].max().item() if bool((steps > NEAR).any()) else 0.0, 4))
     return errors
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import typer
 from bench_layer import Variant, alternate, capture, is_late, join_group
-from layer_models import SHAPES, Weights, floor, make_weights, ours, shared_alone, touched_experts
+from layer_models import SHAPES, Seen, Weights, floor, make_weights, ours, shared_alone, touched_experts
 from torch import Tensor
 
 import lowering
@@ -61,7 +61,7 @@ def measure(name: str, tokens: int, layers: list[Weights], replays: int, roundin
     torch.cuda.synchronize()
     us = alternate(variants, replays)
     shorter = min(us["serial"] - us["rest"], us["rest"])
-    seen: list[Tensor] = []
+    seen: list[Seen] = []
     ours(x, layers, count, shape, rank, world, group, fixed=x, seen=seen)
     local = shape.experts // world
     touched = torch.tensor([touched_experts(seen, rank * local, local)], device="cuda")

@@ -6,6 +6,7 @@ Weights lie as transformers holds them: products are ``F.linear``. ``floor`` is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed._functional_collectives as collectives
@@ -69,6 +70,14 @@ def make_weights(shape: Shape, rank: int, world: int, seed: int, norm: bool = Fa
     )
 
 
+class Seen(NamedTuple):
+    """What a layer's router did: the ids (M, K) that this rank's experts were given, and of its own rows
+    ``steps_to_a_tie`` (T,)."""
+
+    ids: Tensor
+    steps: Tensor
+
+
 def normalised(x: Tensor, weight: Tensor | None) -> Tensor:
     """RMSNorm as transformers writes it; ``x`` itself without a weight."""
     if weight is None:
@@ -81,6 +90,16 @@ def route(x: Tensor, weights: Weights, top_k: int) -> tuple[Tensor, Tensor]:
     """Softmax router with renormalised weights (T, K), and ids."""
     chosen, ids = F.linear(x, weights.router).float().softmax(-1).topk(top_k, -1)
     return (chosen / chosen.sum(-1, keepdim=True)).to(x.dtype), ids
+
+
+def steps_to_a_tie(x: Tensor, weights: Weights, top_k: int) -> Tensor:
+    """(T,): how far the last expert chosen for a row is from the next, in steps of bf16 at the size of its logit.
+
+    Two correct products of a router differ by a step where they sum in another order, so at one or two steps either
+    expert is right.
+    """
+    last, following = F.linear(x, weights.router).float().topk(top_k + 1, -1).values[:, -2:].unbind(-1)
+    return (last - following) / torch.exp2(last.abs().log2().floor() - 7)
 
 
 def shared_alone(x: Tensor, layers: list[Weights]) -> Tensor:
@@ -100,21 +119,22 @@ def add_shared(routed: Tensor, x: Tensor, weights: Weights) -> Tensor:
 
 def ours(
     x: Tensor, layers: list[Weights], count: Tensor, shape: Shape, rank: int, world: int, group: str, *,
-    fixed: Tensor | None = None, seen: list[Tensor] | None = None,
+    fixed: Tensor | None = None, seen: list[Seen] | None = None,
 ) -> Tensor:  # fmt: skip
     """The layers with the ops of ``moe_ep``; every layer asks for its metadata, as models do.
 
-    ``fixed``: what the routers look at instead of x, so that other layers choose the same experts. ``seen``: gets the
-    ids (M, K) that this rank's experts were given, layer by layer.
+    ``fixed``: what the routers look at instead of x, so that other layers choose the same experts. ``seen``: gets what
+    each layer's router did.
     """
     start, gathered = rank * (shape.experts // world), world * x.shape[0]
     for weights in layers:
         metadata = ops.metadata_update(count, group)
         h = normalised(x, weights.norm)
-        chosen, ids = route(h if fixed is None else fixed, weights, shape.top_k)
+        routed = h if fixed is None else fixed
+        chosen, ids = route(routed, weights, shape.top_k)
         rows, ids, chosen = ops.agv_dispatch(h, ids, chosen, count, metadata, gathered, group)
         if seen is not None:
-            seen.append(ids)
+            seen.append(Seen(ids, steps_to_a_tie(routed, weights, shape.top_k)))
         y = ops.fused_moe(rows, ids, chosen, weights.gate_up, weights.down, metadata[0:1], start)
         x = x + add_shared(ops.rsv_combine(y, count, metadata, x.shape[0], group), h, weights)
     return normalised(x, layers[0].norm)
@@ -171,7 +191,7 @@ def floor(shape: Shape, world: int, tokens: int, touched: float) -> tuple[float,
     return experts, exchanges, experts + max(rest, exchanges)
 
 
-def touched_experts(seen: list[Tensor], start: int, count: int) -> float:
+def touched_experts(seen: list[Seen], start: int, count: int) -> float:
     """How many of ``count`` local experts a layer's ids name, the mean over layers."""
-    local = [ids[(ids >= start) & (ids < start + count)].unique().numel() for ids in seen]
+    local = [ids[(ids >= start) & (ids < start + count)].unique().numel() for ids, _ in seen]
     return sum(local) / len(local)
