@@ -36,7 +36,7 @@ POINTWISE = (
     prims.convert_element_type.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul.Scalar,
     aten.div.Tensor, aten.exp.default, aten.sigmoid.default, aten.where.self,
 )  # fmt: skip
-SUMS = {aten.sum.dim_IntList: aten.add.Tensor, aten.amax.default: aten.maximum.default}
+SUMS: dict[Any, Any] = {aten.sum.dim_IntList: aten.add.Tensor, aten.amax.default: aten.maximum.default}
 Write = Callable[..., Node]
 
 
