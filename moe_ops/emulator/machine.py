@@ -41,7 +41,11 @@ _multicast_ranges: list[_Range] = []
 
 
 def add_multicast_range(start: int, nbytes: int, targets: list[int]) -> None:
-    """Make ``[start, start + nbytes)`` a multicast address range over the buffers at ``targets`` (rank order)."""
+    """Make ``[start, start + nbytes)`` a multicast address range over the buffers at ``targets`` (rank order).
+
+    A range that overlaps it is of memory that is gone: of a buffer that nobody released, after an error.
+    """
+    _multicast_ranges[:] = [e for e in _multicast_ranges if e.start + e.nbytes <= start or start + nbytes <= e.start]
     _multicast_ranges.append(_Range(start, nbytes, tuple(targets)))
 
 

@@ -76,7 +76,7 @@ _make_token_default = prims._make_token()
 slice_1 = slice.Tensor(in0, 0, 0, 1)
 full = full([8, 2], 0, dtype=torch.int64, layout=torch.strided, device=cpu, pin_memory=False)
 full_1 = full([8, 2], 1, dtype=torch.float32, layout=torch.strided, device=cpu, pin_memory=False)
-with_effects_1 = !fused_moe_combine(_make_token_default, in1, full, full_1, in2, in3, in4, in0, 0, 8, [], 'local', activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False, scale=1.0, round_each=True, combine_dtype=None)
+with_effects_1 = !fused_moe_combine(_make_token_default, in1, full, full_1, in2, in3, in4, in0, 0, 8, [], 'local', activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False, scale=1.0, round_each=True, norm_weight=None, norm_eps=0.0, norm_shift=0.0, norm_round_first=True, combine_dtype=None)
 getitem_2 = with_effects_1[0]
 getitem_3 = with_effects_1[1]
 return (getitem_3)""",  # noqa: E501

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,19 @@ def multicast_is_no_memory(rank: Rank) -> bool:
         if start <= address < end:
             return line.split()[1].startswith("---")
     return False
+
+
+def test_addresses_of_a_buffer_that_nobody_released_are_the_next_ones():
+    from moe_ops.emulator import machine
+
+    machine.add_multicast_range(4096, 64, [1 << 20, 2 << 20])
+    machine.add_multicast_range(4128, 64, [3 << 20, 4 << 20, 5 << 20])
+    try:
+        targets = machine._multicast_targets(np.array([4128, 4190]))
+        assert [target.tolist() for target in targets] == [[n << 20, (n << 20) + 62] for n in (3, 4, 5)]
+    finally:
+        machine.remove_multicast_range(4128)
+    assert machine._multicast_ranges == []
 
 
 def test_a_plain_access_to_a_multicast_address_faults():
