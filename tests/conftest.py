@@ -37,6 +37,12 @@ def forked_ranks() -> None:
     forked.install()
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test's inputs do not depend on the tests that ran before it."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` name the machine that runs them; ``docs/gpu-runs.md`` says when they last did."""
     order = {name: place for place, name in enumerate(LONGEST)}
