@@ -143,8 +143,7 @@ def down_few_kernel(
     tile = tl.program_id(0)
     all_pairs = tl.cast(num_rows, tl.int64) * TOP_K
     num_pairs = tl.minimum(tl.load(valid_ptr), num_rows).to(tl.int64) * TOP_K
-    # always a first chunk: else its ids would be asked for only when the live count is there. Not loaded ahead and
-    # carried: in the layouts that need no conversion Triton 3.6 then takes the first chunk's for all
+    # chunks as in gate_up_few_kernel
     for chunk in range(0, tl.maximum(num_pairs, PAIRS), PAIRS):
         experts, slots = local_experts(
             ids_ptr, chunk, num_pairs, all_pairs, expert_start, num_experts, PAIRS, BY_PAIR
