@@ -119,6 +119,32 @@ def check_case(rank: Rank, case: Case) -> None:
     channel.close()
 
 
+def check_roundings_of_a_norm(rank: Rank, round_first: bool) -> None:
+    """Sums of squares that are exact in any order: then every rounding is that of ``apply_epilogue``, bit for bit."""
+    case = Case((2, 2), hidden_size=256)
+    channel = rank.channel(Layout(2, case.rows, case.hidden_size, 1, case.dtype))
+    half = torch.randint(0, 4, (8, 256), generator=torch.Generator().manual_seed(1))
+    half = torch.tensor([-1.0, -0.5, 0.5, 1.0])[half].bfloat16()  # both ranks add the same
+    norm = Norm(random_tensor(60, 1, case, case.out_dtype)[0], 1e-6, 0.0, round_first)
+    count, metadata = torch.tensor([2], dtype=torch.int32), reference.metadata(case.counts)[rank.rank]
+    got = launch_combine_add(
+        channel, half, count, metadata, case.rows, Epilogue([], 1.0, True, norm), case.out_dtype, 0
+    )
+    rows = reference.rsv_combine([half, half], case.counts, [case.rows] * 2, case.out_dtype)[rank.rank]
+    want, other = (
+        apply_epilogue(rows, Epilogue([], 1.0, True, norm._replace(round_first=first)))
+        for first in (round_first, not round_first)
+    )
+    assert torch.equal(got, want) and not torch.equal(want, other)
+    rank.meet()
+    channel.close()
+
+
+@pytest.mark.parametrize("round_first", [True, False])
+def test_a_norm_rounds_where_the_model_does(round_first: bool):
+    run_ranks(2, check_roundings_of_a_norm, round_first)
+
+
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_kernel_equals_the_oracle(case: Case):
     run_ranks(len(case.counts), check_case, case)
