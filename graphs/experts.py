@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ NAME = "moe_ep"
 LOCAL_GROUP = "local"
 STATE = "_moe_ep"  # submodule of every sharded experts module
 LOCAL_START = "_moe_ep_start"  # global number of its first expert
-COMPUTES_METADATA = "_moe_ep_leads"  # True on the module that runs first in a forward
+FIRST, LAST = "_moe_ep_first", "_moe_ep_last"  # True on the modules that begin and end a forward
 
 
 class ExpertParallelState(nn.Module):
@@ -28,10 +30,12 @@ class ExpertParallelState(nn.Module):
     ``batch``: sequences that a forward of this rank holds (None: not declared, all rows are live);
     ``group_batch``: the largest ``batch`` of any rank. Live sequences come first in the batch; of their rows only
     those count that ``counted (T,) bool`` names, if it is given. ``batch_invariant``: see ``fused_moe``.
+
+    ``metadata (3,) int32``: what the first layer of a forward was told, for the others; None between forwards. No
+    buffer: in a compiled forward the layers read the op's own result, and nothing is copied or returned.
     """
 
     live: Tensor
-    metadata: Tensor
 
     def __init__(self, group_name: str, rank: int, world_size: int, max_tokens_per_rank: int, device: torch.device):
         super().__init__()
@@ -41,12 +45,13 @@ class ExpertParallelState(nn.Module):
         self.group_batch = 0
         self.counted: Tensor | None = None
         self.batch_invariant = False
+        self.metadata: Tensor | None = None
         self.register_buffer("live", torch.zeros(1, dtype=torch.int32, device=device), persistent=False)
-        self.register_buffer("metadata", torch.zeros(3, dtype=torch.int32, device=device), persistent=False)
 
     def declare_batch(self, batch: int | None, group_batch: int = 0, counted: Tensor | None = None) -> None:
         """Say how many sequences a forward holds, so that only the first ``live`` of them are sent; None: all rows."""
         self.batch, self.group_batch, self.counted = batch, group_batch, counted
+        self.metadata = None
 
     def check_rows(self, rows: int) -> None:
         """Raise ``CapacityError`` if ``rows`` of hidden states are more than the workspace was set up for."""
@@ -72,6 +77,17 @@ class ExpertParallelState(nn.Module):
         if self.batch is None:
             return self.world_size * self.max_tokens_per_rank
         return self.world_size * self.group_batch * (rows // self.batch)
+
+
+def share_state(modules: Collection[Experts], state: ExpertParallelState, same_rows: bool = True) -> None:
+    """Give ``modules``, in the order in which a forward runs them, their state.
+
+    ``same_rows``: all of them see the same live rows, so that one update of the metadata serves a forward.
+    """
+    for number, module in enumerate(modules, start=1):
+        module.add_module(STATE, state)
+        setattr(module, FIRST, number == 1 or not same_rows)
+        setattr(module, LAST, number == len(modules) or not same_rows)
 
 
 def moe_ep_experts(self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -106,13 +122,23 @@ def _run_alone(self: Experts, state: ExpertParallelState, x: Tensor, ids: Tensor
 def _run_sharded(self: Experts, state: ExpertParallelState, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     rows, group = x.shape[0], state.group_name
     live = state.local_tokens(rows)
-    if getattr(self, COMPUTES_METADATA):
-        state.metadata.copy_(torch.ops.moe_ep.metadata_update(live, group))
-    metadata = state.metadata
+    metadata = _metadata(self, state, live)
     capacity = state.gathered_rows(rows)
     x_all, ids_all, weights_all = torch.ops.moe_ep.agv_dispatch(x, ids, weights, live, metadata, capacity, group)
     partial = _run_experts(self, x_all, ids_all, weights_all, metadata[0:1])  # [M, H]
     return torch.ops.moe_ep.rsv_combine(partial, live, metadata, rows, group, out_dtype=x.dtype)
+
+
+def _metadata(self: Experts, state: ExpertParallelState, live: Tensor) -> Tensor:
+    """The live rows of all ranks, (3,) int32: asked for once a forward, and by a layer that is called alone."""
+    metadata = None if getattr(self, FIRST) else state.metadata
+    if metadata is None:
+        metadata = torch.ops.moe_ep.metadata_update(live, state.group_name)
+    if getattr(self, LAST):
+        state.metadata = None
+    elif getattr(self, FIRST):
+        state.metadata = metadata
+    return metadata
 
 
 def _run_experts(self: Experts, x: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor) -> Tensor:

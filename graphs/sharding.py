@@ -14,7 +14,7 @@ from moe_ops.workspace import DEFAULT_TIMEOUT_S
 
 from . import experts, hf_compat
 from .errors import ShardingError, UnsupportedModelError
-from .experts import COMPUTES_METADATA, LOCAL_GROUP, LOCAL_START, STATE, ExpertParallelState
+from .experts import LOCAL_GROUP, LOCAL_START, ExpertParallelState
 from .hf_compat import Experts, Model
 
 EXPERT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -96,11 +96,9 @@ def attach(
     down = next(iter(modules.values())).down_proj
     name = LOCAL_GROUP if group is None else group.group_name
     state = ExpertParallelState(name, rank, world_size, max_tokens_per_rank, down.device)
-    same_rows = see_the_same_rows(list(modules))
-    for index, module in enumerate(modules.values()):
-        module.add_module(STATE, state)
+    experts.share_state(modules.values(), state, see_the_same_rows(list(modules)))
+    for module in modules.values():
         setattr(module, LOCAL_START, expert_range(module.num_experts, world_size, rank).start)
-        setattr(module, COMPUTES_METADATA, index == 0 or not same_rows)
     model.set_experts_implementation(experts.NAME)
     if world_size > 1:
         check_dense_parts_agree(model, group)

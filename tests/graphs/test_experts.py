@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphs
-from graphs import hf_compat
+from graphs import experts, hf_compat
 from graphs.checkpoints import tiny_model
 from graphs.gates import OwnCode, recognise
 from moe_ops.errors import CapacityError
@@ -155,6 +156,38 @@ def test_rows_that_do_not_fill_the_declared_batch_are_an_error():
     graphs.expert_parallel_state(model).declare_batch(4, 4)
     with pytest.raises(CapacityError, match="7 tokens does not hold 4 sequences"):
         model.model.layers[0].mlp.experts(torch.randn(7, 128), torch.zeros(7, 2, dtype=torch.long), torch.rand(7, 2))
+
+
+class CountUpdates(TorchDispatchMode):
+    """How often ``metadata_update`` ran."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += func is torch.ops.moe_ep.metadata_update.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_metadata_is_asked_for_once_a_forward_and_by_a_layer_alone():
+    """Rank 0 of two, the other one without rows."""
+    model = tiny_model("qwen3_moe")
+    modules = list(hf_compat.experts_modules(model).values())
+    state = experts.ExpertParallelState("local", 0, 2, max_tokens_per_rank=14, device=torch.device("cpu"))
+    experts.share_state(modules, state)
+    expected = logits(model)
+    model.set_experts_implementation("moe_ep")
+    for runs in (1, 2):
+        with CountUpdates() as updates:
+            torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+        assert updates.seen == 1 and state.metadata is None, runs
+    call = (torch.randn(3, 128), torch.randint(0, 8, (3, 2)), torch.rand(3, 2))
+    with CountUpdates() as updates:
+        alone = modules[1](*call)
+    assert updates.seen == 1 and state.metadata is None
+    modules[0](torch.randn(5, 128), torch.randint(0, 8, (5, 2)), torch.rand(5, 2))  # a forward that goes no further
+    assert state.metadata is not None and state.metadata.tolist() == [5, 0, 5]
+    state.declare_batch(None)
+    assert torch.equal(modules[1](*call), alone)
 
 
 def test_generate_works_on_the_same_model():

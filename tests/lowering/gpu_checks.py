@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -17,8 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+import graphs
 import lowering
 import moe_ops
+from graphs.checkpoints import tiny_model
 from lowering import route_rows, torch_compat
 
 ops = torch.ops.moe_ep
@@ -152,6 +155,23 @@ def check_one_graph(model: Callable, x: Tensor, rounding: str, transport: str, l
         assert explanation.ops[layer] == LAYERS, explanation.ops
 
 
+def check_step(family: str, group: Any, transport: str) -> None:
+    """The decode step of a model: one graph, and in Inductor's code no copy beside an op, not once a step either."""
+    model = graphs.shard_experts(tiny_model(family, torch.bfloat16).cuda(), group, max_tokens_per_rank=16)
+    loop = graphs.DecodeLoop(model, batch=4, max_len=8, compile=False)
+    loop.prefill([[1, 2, 3, 4]] * 4)
+    for inexact in (False, True):
+        lowering.enable(rounding="compiled", inexact=inexact)
+        with loop._declared(loop.batch, loop.group_batch, loop._step.active):
+            explanation = lowering.explain(loop._step)
+        assert explanation.compiled_graphs == 1 and not explanation.graph_breaks
+        assert explanation.partitions <= 1 and explanation.cudagraph_skips == 0
+        assert explanation.ops["metadata_update"] == 1 and explanation.copies == [], (inexact, explanation)
+        if transport in ("p2p", "multicast"):
+            layer = "moe_layer_shared" if family == "deepseek_v3" else "moe_layer"
+            assert explanation.ops[layer] == 2, explanation.ops
+
+
 def replay(model: Callable, x: Tensor, counts: list[int]) -> list[Tensor]:
     """Results of a CUDA graph over changing live counts."""
     torch._dynamo.reset()
@@ -208,6 +228,9 @@ def main() -> None:
         checks.append((f"model, {shared}", lambda s=shared: check_model(s, ws.group_name, rank, world, ws.transport)))
     for shared in ("none", "gated"):
         checks.append((f"model, {shared}, W = 1", lambda s=shared: check_model(s, "local", 0, 1, "local")))
+    group = dist.new_group()  # a workspace of its own: the models' sizes are others
+    for family in ("qwen3_moe", "deepseek_v3", "gpt_oss") if world > 1 else ():
+        checks.append((f"step, {family}", lambda f=family: check_step(f, group, ws.transport)))
     for name, check in checks:
         try:
             check()
