@@ -1,14 +1,16 @@
-"""What the emulator changes in Triton's interpreter: it raises at inline assembly and takes three slow detours.
+"""What the emulator changes in Triton's interpreter: it raises at inline assembly and takes slow detours.
 
 The same in Triton 3.6 to 3.9.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as triton_interpreter
 
@@ -47,10 +49,10 @@ _call_and_patch = triton_interpreter.InterpretedFunction.__call__
 def _call_device_function(function: triton_interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
     """A device function called by a kernel, whose launch has patched ``triton.language`` already.
 
-    Triton patches it again for every call, a third of an emulated kernel's time. Its own functions, such as
-    ``tl.zeros``, need that, because they know the language by other names.
+    Triton patches it again for every call, half of an emulated kernel's time. Its own functions, such as
+    ``tl.zeros``, know the language as ``triton.language.core``, which the first of them patches for good.
     """
-    if function.fn.__module__.startswith("triton."):
+    if function.fn.__module__.startswith("triton.") and tl.core.is_builtin(tl.core.load):
         return _call_and_patch(function, *args, **kwargs)
     return function.rewrite()(*args, **kwargs)
 
@@ -81,9 +83,37 @@ def _get_np_dtype(kind: Any) -> np.dtype:
     return _np_dtypes[name]
 
 
+_slow_block_type = tl.block_type.__init__
+_block_types: dict[tuple, dict[str, Any]] = {}
+_tensor_shapes: dict[tuple, tuple[tl.tuple, tl.constexpr]] = {}
+
+
+def _init_block_type(block: tl.block_type, element_ty: Any, shape: Any) -> None:
+    """A block's type; Triton checks its shape and writes its name anew for every value."""
+    sizes = [tl.core._unwrap_if_constexpr(size) for size in shape]
+    if not all(type(size) is int for size in sizes):
+        return _slow_block_type(block, element_ty, shape)
+    key = (element_ty.name, getattr(element_ty, "address_space", None), *sizes)
+    if key not in _block_types:
+        _slow_block_type(block, element_ty, shape)
+        _block_types[key] = dict(vars(block))
+    vars(block).update(_block_types[key])
+
+
+def _init_tensor(tensor: tl.tensor, handle: object, kind: Any) -> None:
+    """A value; Triton makes its shape of new constants for every one."""
+    sizes = tuple(kind.shape) if kind.is_block() else ()
+    if sizes not in _tensor_shapes:
+        _tensor_shapes[sizes] = tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+    tensor.handle, tensor.type, tensor.dtype = handle, kind, kind.scalar
+    tensor.shape, tensor.numel = _tensor_shapes[sizes]
+
+
 def install() -> None:
     """Let Triton's interpreter run our inline assembly, and run faster, in this process, from now on."""
     setattr(triton_interpreter.InterpreterBuilder, "create_inline_asm", _create_inline_asm)  # noqa: B010
     setattr(triton_interpreter.InterpretedFunction, "__call__", _call_device_function)  # noqa: B010
     setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", _check_overflow)  # noqa: B010
     setattr(triton_interpreter, "_get_np_dtype", _get_np_dtype)  # noqa: B010
+    setattr(tl.block_type, "__init__", _init_block_type)  # noqa: B010
+    setattr(tl.tensor, "__init__", _init_tensor)  # noqa: B010
