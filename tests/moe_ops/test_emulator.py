@@ -129,3 +129,36 @@ def test_an_integer_that_overflows_is_an_error():
     sums = [2**31 - 1, "add", -(2**31), "sub", 2**30, "mul"]
     expected = [f"int32 overflow detected for operation {s}" if isinstance(s, str) else str(s) for s in sums]
     assert run_ranks(1, overflow) == [expected]
+
+
+def types_and_values(rank: Rank) -> list[str]:
+    """Where a block's type or a value's shape, made once, is not what Triton makes each time; no line when all are."""
+    import triton.language as tl
+
+    from moe_ops.emulator import hook
+
+    hook.install()
+    word = tl.int64
+    pointers = (tl.pointer_type(word), tl.pointer_type(word, "shared"), tl.pointer_type(word, const=True))
+    wrong = []
+    for kind in (tl.float16, *pointers):
+        for shape in ([4], [2, 8], [tl.constexpr(8), 2], tl.tuple([8, 2])):
+            for _ in range(2):
+                made, plain = tl.block_type(kind, shape), tl.block_type.__new__(tl.block_type)
+                hook._slow_block_type(plain, kind, shape)
+                value = tl.tensor("handle", made)
+                same = made == plain and (made.name, made.numel) == (plain.name, plain.numel)
+                sizes = [size.value for size in value.shape], value.numel.value, value.dtype == kind
+                if not same or sizes != ([*plain.shape], plain.numel, True):
+                    wrong.append(f"{made}, {sizes}, not {plain}")
+    for shape, error in (([3], ValueError), ([2, 8.0], TypeError), ([], TypeError), ([2**30], ValueError)):
+        for _ in range(2):
+            try:
+                wrong.append(str(tl.block_type(tl.float16, shape)))
+            except error:
+                continue
+    return wrong
+
+
+def test_types_made_once_are_those_that_triton_makes_each_time():
+    assert run_ranks(1, types_and_values) == [[]]
