@@ -11,11 +11,13 @@ After::
     t = moe_ep.thin_linear(x, [wq, wk, wv])
     q, k, v = t[0], t[1], t[2]
 
-Also for a single product, because at few rows the library's kernels do not read the weights at full speed. Legal
+Also for a single product, because at few rows the library's kernels do not read the weights at full speed. A router
+that casts both operands to fp32 (DeepSeek-V3) keeps its fp32 result but not the casts, which read and write the whole
+weight in every step: products of 16-bit values are exact in fp32, where the kernel sums them anyway. Legal
 because the weights are inputs of the graph, and nothing writes them. A sum in fp32 that is rounded once, as the
 library's, but in another order: the one place besides ``rounding`` where lowering changes bits. Refused for more than
 ``MAX_ROWS`` rows (``MAX_ROWS_ALONE`` of a single product), and for weights that are not stored row by row or are
-larger than ``MAX_BYTES``, where the library is as fast. The CPU's products stay.
+larger than ``MAX_BYTES``, where the library is as fast, or of another dtype than the batch. The CPU's products stay.
 """
 
 from __future__ import annotations
@@ -26,23 +28,34 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moe_ops.shapes import HALF_DTYPES
 from moe_ops.thin_linear import MAX_WEIGHTS, takes
 
 from . import torch_compat
 from .hoist_metadata import value_key
 from .report import Outcome
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 MAX_BYTES = 64 << 20  # one weight
 MAX_ROWS_ALONE = 32  # of a single product; at 64 rows the library is faster (10.2 us against 11.5, 2048 x 4096, H200)
 
 
 @dataclass(frozen=True)
 class Product:
-    """``node = x @ weight.T`` (``x`` is its first argument) with ``weight (width, depth)`` an input of the graph."""
+    """``node = x @ weight.T`` with ``weight (width, depth)`` an input of the graph; both may be cast to fp32 for it."""
 
     node: Node
     weight: Node
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.node.meta["val"].dtype
+
+    @property
+    def x(self) -> Any:
+        """The batch before the cast. Read it late: a product that stood here may have been replaced meanwhile."""
+        left = self.node.args[0]
+        return left if self.weight.meta["val"].dtype == self.dtype else _uncast(left)
 
 
 def replace_together(products: list[Product]) -> str:
@@ -51,8 +64,8 @@ def replace_together(products: list[Product]) -> str:
     graph, names = first.node.graph, ", ".join(product.node.name for product in products)
     with graph.inserting_before(first.node):
         op = torch.ops.moe_ep.thin_linear.default
-        x = first.node.args[0]  # now: a product that stood here before may have been replaced meanwhile
-        joined = torch_compat.insert_call(graph, op, x, [product.weight for product in products])
+        cast = {} if first.x.meta["val"].dtype == first.dtype else {"out_dtype": first.dtype}
+        joined = torch_compat.insert_call(graph, op, first.x, [product.weight for product in products], **cast)
         results = [torch_compat.insert_read(joined, index) for index in range(len(products))]
     for product, result in zip(products, results, strict=True):
         product.node.replace_all_uses_with(result)
@@ -76,10 +89,11 @@ class MergeProducts:
             weight = _stored_weight(node.args[1])
             if weight is None or weight.meta["val"].device.type not in self.devices:
                 continue
-            if reason := _reason(node.args[0].meta["val"], weight.meta["val"]):
+            product = Product(node, weight)
+            if reason := _reason(product.x.meta["val"], weight.meta["val"]):
                 outcome.refuse(node, reason)
             else:
-                groups.setdefault(value_key(node.args[0]), []).append(Product(node, weight))
+                groups.setdefault((value_key(product.x), product.dtype), []).append(product)
         for group in groups.values():
             rows = group[0].node.meta["val"].shape[0]
             if len(group) == 1 and rows > MAX_ROWS_ALONE:
@@ -94,6 +108,8 @@ def _reason(x: Any, weight: Any) -> str | None:
     """Why a product stays, None if it goes."""
     if not takes(x.shape[0], x.dtype, x.device.type == "cuda"):
         return f"{x.shape[0]} rows of {x.dtype}"
+    if x.dtype != weight.dtype:
+        return f"x is {x.dtype}, the weight {weight.dtype}"
     if not weight.is_contiguous():
         return "the weight is not stored row by row"
     if weight.numel() * weight.element_size() > MAX_BYTES:
@@ -102,8 +118,17 @@ def _reason(x: Any, weight: Any) -> str | None:
 
 
 def _stored_weight(right: Any) -> Node | None:
-    """``w`` where the right operand is ``w.T`` of an input ``w``."""
+    """``w`` where the right operand is ``w.T`` of an input ``w``, or of ``w`` cast to fp32."""
     if not isinstance(right, Node) or right.target not in (aten.permute.default, aten.t.default):
         return None
-    weight = right.args[0]
+    weight = _uncast(right.args[0])
     return weight if isinstance(weight, Node) and weight.op in ("placeholder", "get_attr") else None
+
+
+def _uncast(value: Any) -> Any:
+    """The 16-bit value that ``value`` is a cast of to fp32, where it is one."""
+    if not isinstance(value, Node) or value.target is not prims.convert_element_type.default:
+        return value
+    source: Any = value.args[0]
+    exact = value.args[1] == torch.float32 and source.meta["val"].dtype in HALF_DTYPES
+    return source if exact else value

@@ -34,15 +34,15 @@ def _check(x: Tensor, weights: Sequence[Tensor]) -> None:
             raise ShapeError(f"{_OP}: weights[{i}] {tuple(weight.shape)} does not take x {tuple(x.shape)}.")
 
 
-def _fake(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def _fake(x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None) -> list[Tensor]:
     _check(x, weights)
-    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    return [x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype) for weight in weights]
 
 
-def _cpu(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def _cpu(x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None) -> list[Tensor]:
     """Summed in fp32 and rounded once, as the kernel does."""
     _check(x, weights)
-    return [(x.float() @ weight.float().T).to(x.dtype) for weight in weights]
+    return [(x.float() @ weight.float().T).to(out_dtype or x.dtype) for weight in weights]
 
 
 def tiles(rows: int, widths: Sequence[int]) -> dict[str, int]:
@@ -58,13 +58,15 @@ def tiles(rows: int, widths: Sequence[int]) -> dict[str, int]:
     return {"ROWS": padded, "BLOCK_N": 16, "PARTS": parts, "PART": part, "num_stages": stages}
 
 
-def launch(x: Tensor, weights: Sequence[Tensor], **chosen: int) -> list[Tensor]:
+def launch(
+    x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, **chosen: int
+) -> list[Tensor]:
     """The kernel; ``chosen`` replaces tile sizes, in tests and sweeps."""
     from .thin_linear_kernels import _thin_linear_kernel
 
     x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
     rows, depth = x.shape
-    outs = [x.new_empty(rows, weight.shape[0]) for weight in weights]
+    outs = [x.new_empty(rows, weight.shape[0], dtype=out_dtype or x.dtype) for weight in weights]
     if rows == 0:
         return outs
     widths = [weight.shape[0] for weight in weights]
@@ -78,12 +80,15 @@ def launch(x: Tensor, weights: Sequence[Tensor], **chosen: int) -> list[Tensor]:
     return outs
 
 
-def _cuda(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def _cuda(x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None) -> list[Tensor]:
     _check(x, weights)
-    return launch(x, weights)
+    return launch(x, weights, out_dtype=out_dtype)
 
 
-thin_linear = register_op("thin_linear(Tensor x, Tensor[] weights) -> Tensor[]", fake=_fake, cpu=_cpu, cuda=_cuda)
+thin_linear = register_op(
+    "thin_linear(Tensor x, Tensor[] weights, *, ScalarType? out_dtype=None) -> Tensor[]",
+    fake=_fake, cpu=_cpu, cuda=_cuda,
+)  # fmt: skip
 
 
 def takes(rows: int, dtype: torch.dtype, cuda: bool) -> bool:

@@ -1,6 +1,6 @@
 """Lowering on GPUs: bits of the joined kernels, one CUDA graph, no copies, changing counts.
 
-torchrun --nproc-per-node 2 tests/lowering/gpu_checks.py
+torchrun --nproc-per-node 2 tests/lowering/gpu_checks.py [words: only checks whose name has one of them]
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def check_step(family: str, group: Any, transport: str) -> None:
             explanation = lowering.explain(loop._step)
         assert explanation.compiled_graphs == 1 and not explanation.graph_breaks
         assert explanation.partitions <= 1 and explanation.cudagraph_skips == 0
-        assert explanation.ops["metadata_update"] == 1 and explanation.copies == [], (inexact, explanation)
+        assert explanation.ops["metadata_update"] == 1
+        assert explanation.copies == [], (inexact, explanation.copies)
         if transport in ("p2p", "multicast"):
             layer = "moe_layer_shared" if family == "deepseek_v3" else "moe_layer"
             assert explanation.ops[layer] == 2, explanation.ops
@@ -231,7 +232,10 @@ def main() -> None:
     group = dist.new_group()  # a workspace of its own: the models' sizes are others
     for family in ("qwen3_moe", "deepseek_v3", "gpt_oss") if world > 1 else ():
         checks.append((f"step, {family}", lambda f=family: check_step(f, group, ws.transport)))
+    words = sys.argv[1:] or [""]
     for name, check in checks:
+        if not any(word in name for word in words):
+            continue
         try:
             check()
             verdict = "passed"

@@ -81,6 +81,45 @@ def test_more_weights_than_one_launch_takes():
         torch.testing.assert_close(got, want)
 
 
+def router(x: Tensor, weight: Tensor) -> Tensor:
+    """DeepSeek-V3's."""
+    return functional.linear(x.sin().type(torch.float32), weight.type(torch.float32)).sigmoid()
+
+
+def test_casts_of_a_router_go():
+    """Expected: the weight is read as it is stored, and the logits stay in fp32."""
+    module, inputs = inference_graph(router, torch.randn(5, 16).bfloat16(), torch.randn(8, 16).bfloat16())
+    wanted = module(*inputs)[0]
+    assert PASS.run(module.graph).done == ["thin_linear_default: mm"]
+    module.graph.lint()
+    module.recompile()
+    torch.testing.assert_close(module(*inputs)[0], wanted)
+    module.graph.eliminate_dead_code()
+    assert_expected_inline(text(module.graph), """\
+sin = sin(in0)
+thin_linear_default = thin_linear(sin, [in1], out_dtype=torch.float32)
+getitem = thin_linear_default[0]
+sigmoid = sigmoid(getitem)
+return (sigmoid)""")
+
+
+def test_only_casts_of_equal_dtypes_go():
+    """A batch that has more bits than the weight keeps them; casts that round are none of its business."""
+    wide, half = torch.randn(5, 16), torch.randn(8, 16).bfloat16()
+    reasons = []
+    for x, weight in ((wide, half), (wide.half(), half)):
+        module, _ = inference_graph(router, x, weight)
+        outcome = PASS.run(module.graph)
+        assert not outcome.done
+        reasons += [refusal.reason for refusal in outcome.refused]
+    assert_expected_inline("\n".join(reasons), """\
+x is torch.float32, the weight torch.bfloat16
+x is torch.float16, the weight torch.bfloat16""")
+    module, _ = inference_graph(lambda x, w: x @ w.to(torch.bfloat16).T, half, wide)
+    outcome = PASS.run(module.graph)
+    assert not outcome.done and not outcome.refused
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "reason"),
     [

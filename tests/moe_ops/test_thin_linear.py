@@ -20,6 +20,7 @@ def test_literal():
 def test_opcheck():
     args = (torch.randn(3, 8, dtype=torch.bfloat16), [torch.randn(n, 8, dtype=torch.bfloat16) for n in (4, 6)])
     torch.library.opcheck(op.default, args)
+    torch.library.opcheck(op.default, args, {"out_dtype": torch.float32})
 
 
 def test_kernel_in_the_interpreter():

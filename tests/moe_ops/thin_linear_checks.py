@@ -11,6 +11,7 @@ from tests.tolerances import relative_error
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter's bf16 products are slow; in bf16 the result is rounded once
 DTYPE, WITHIN = (torch.bfloat16, 3e-3) if torch.cuda.is_available() else (torch.float32, 2e-6)
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter takes bf16 for integers here
 
 
 def case(rows: int, depth: int, widths: tuple[int, ...]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -37,6 +38,16 @@ def test_worked_example_of_the_kernel():
     first, second = launch(x, weights)
     torch.testing.assert_close(first, x @ weights[0].T, rtol=1e-2, atol=1e-1)
     torch.testing.assert_close(second, x @ weights[1].T, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_16_bit_operands_and_a_result_that_is_not_rounded(rows: int):
+    """As a router has it that casts its operands: a sum in fp32 of exact products."""
+    x, (weight,) = case(rows, 96, (20,))
+    x, weight = x.to(HALF), weight.to(HALF)
+    (got,) = launch(x, [weight], out_dtype=torch.float32)
+    assert got.dtype == torch.float32
+    assert relative_error(got, x.double() @ weight.double().T) < 2e-6
 
 
 def test_strided_input_and_no_rows():
