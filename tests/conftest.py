@@ -18,8 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # kernel checks in a process of t
 
 # Under ``pytest -n`` a file stays on one worker; these, which take longest, are given out first.
 LONGEST = (
-    "test_killed_rank", "test_models", "test_zero_copy", "test_combine", "test_ranks", "test_on_emulator",
-    "test_norm_on_emulator", "test_route_rows", "test_transports", "test_two_nodes", "test_cli",
+    "test_killed_rank", "test_models", "test_zero_copy", "test_combine", "test_ptx", "test_examples", "test_two_nodes",
+    "test_transports", "test_protocol", "test_cli", "test_packaging", "test_on_emulator", "test_moe_kernels",
+    "test_ranks", "test_passes",
 )  # fmt: skip
 
 
