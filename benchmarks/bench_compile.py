@@ -5,7 +5,9 @@
 The step that ``graphs.DecodeLoop`` compiles, of a model with ``--layers`` layers of true dimensions on one device. A
 figure is the median over ``--rounds`` fresh processes with empty caches (Inductor's and Triton's), the three ways in
 turn: seconds from the first call to its result, with tracing, passes, Triton and the first launches of our own kernels
-in it, but without imports and weights. ``kernels``: Triton kernels that Inductor wrote.
+in it, but without imports and weights. Of a process it also says where they went: ``kernels``, Triton kernels that
+Inductor wrote; ``ours``, seconds in which this process compiled kernels of our own, each by name; seconds of torch's
+phases (``PHASES``; the first ones hold later ones).
 """
 
 from __future__ import annotations
@@ -24,6 +26,12 @@ import torch
 import typer
 
 WAYS = ("plain", "exact", "inexact")
+PHASES = {
+    "dynamo": "_compile.compile_inner", "aot": "create_aot_dispatcher_function", "inductor": "compile_fx_inner",
+    "passes": "_recursive_post_grad_passes", "lower": "GraphLowering.run", "schedule": "Scheduler.__init__",
+    "write": "Scheduler.codegen", "load": "PyCodeCache.load_by_key_path",
+    "wait": "async_compile.wait", "tune": "CachingAutotuner.benchmark_all_configs",
+}  # fmt: skip
 
 
 def compile_once(way: str, model: str, layers: int, batch: int) -> dict:
@@ -43,6 +51,7 @@ def compile_once(way: str, model: str, layers: int, batch: int) -> dict:
         use_decode_attention(built)
     adapt_attention(built)
     lowering.disable() if way == "plain" else lowering.enable(inexact=way == "inexact")
+    ours = watch_triton()
     with torch.no_grad():
         step = OurStep(built, batch, 64)
         step.fill(8)
@@ -55,7 +64,30 @@ def compile_once(way: str, model: str, layers: int, batch: int) -> dict:
         _wait()
     seconds = time.perf_counter() - began
     written = sum(path.read_text().count("@triton.jit") for path in _cache().rglob("*.py"))
-    return {"way": way, "seconds": round(seconds, 2), "kernels": written}
+    found = {"way": way, "seconds": round(seconds, 2), "kernels": written}
+    return found | {"ours": round(sum(ours.values()), 2), "phases": phases(), "each": ours}
+
+
+def watch_triton() -> dict[str, float]:
+    """Seconds that this process spends on compiling each kernel, from now on; Inductor's are compiled in others."""
+    found: dict[str, float] = {}
+
+    def compiled(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            found[f"{src.name} {len(found)}"] = round(times.total / 1e6, 3)
+
+    if torch.cuda.is_available():
+        from triton import knobs
+
+        knobs.compilation.listener = compiled
+    return found
+
+
+def phases() -> dict[str, float]:
+    """Seconds of ``PHASES`` so far."""
+    from torch._dynamo.utils import compilation_time_metrics as spent
+
+    return {name: round(sum(spent.get(key, ())), 2) for name, key in PHASES.items()}
 
 
 def _cache() -> Path:

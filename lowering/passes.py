@@ -43,6 +43,7 @@ from moe_ops.workspace import placements_in_use, transports_in_use
 from . import torch_compat
 from .agreement import Agreement
 from .comm_buffers import CommBuffers
+from .compile_ahead import compile_ahead
 from .effects import effect_ops, moe_nodes
 from .elide_barriers import ElideBarriers
 from .errors import UnknownPassError
@@ -121,6 +122,7 @@ class Lowering(torch_compat.graph_pass_base()):
             torch_compat.run_user_pass(user_pass, graph)
         if next(moe_nodes(graph), None) is not None:
             RECENT.append(run_passes(graph, self.options))
+            compile_ahead(graph)
 
     def uuid(self) -> Any | None:
         """Identity for the caches: our sources, options, transports, the user's passes. None: nothing may be cached."""

@@ -101,6 +101,26 @@ def realize_target() -> Any:
     return torch.ops._inductor_test.realize.default
 
 
+def lower_as(op: OpOverload, build: Callable[..., Any]) -> None:
+    """Let Inductor build ``op`` from others: ``build(call, *arguments)``, with ``call(target, ...)`` for each of them.
+
+    For an op that stands for so many others that tracing, faking and visiting each as a node of the graph would take
+    long. What ``build`` gets and ``call`` returns has ``dtype`` and ``get_size()``; ``call(..., readers=n)`` tells how
+    many will read the result, if not one. May be repeated.
+    """
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import lowerings, register_lowering
+
+    def call(target: Any, *args: Any, readers: int = 1, **kwargs: Any) -> Any:
+        result = lowerings[target](*args, **kwargs)
+        if readers > 1 and isinstance(result, TensorBox):  # as for nodes: computed once if it depends on much
+            result.mark_reuse(readers)
+        return result
+
+    if op not in lowerings:
+        register_lowering(op, type_promotion_kind=None)(lambda *args: build(call, *args))
+
+
 def insert_read(node: Node, index: int) -> Node:
     """One result of a call that returns several, at the graph's insertion point."""
     read = node.graph.call_function(operator.getitem, (node, index))
@@ -113,6 +133,23 @@ def sort_graph(graph: Graph) -> None:
     from torch._inductor.pattern_matcher import stable_topological_sort
 
     stable_topological_sort(graph)
+
+
+def on_fakes(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Callable[[], object]:
+    """A call of ``function`` for any thread, with new fake tensors in the place of those that are given."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map_only
+
+    def call() -> object:
+        with FakeTensorMode():
+            new_args, new_kwargs = tree_map_only(torch.Tensor, _empty_like, (args, kwargs))
+            return function(*new_args, **new_kwargs)
+
+    return call
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 # ---- where a pass hooks in, and what the caches of compiled graphs must know about it ----

@@ -7,12 +7,19 @@ Before::
 
 After::
 
+    t = moe_ep.topk_columns(scores, k)
+    values, ids = aten.cat([t[0], ..., t[k - 1]], -1), aten.cat([t[k], ...], -1)
+
+which Inductor builds (``torch_compat.lower_as``) from::
+
     key = order(scores) << 32 | (n - 1 - column)  # order: the bits of a float as an integer that sorts alike
     b0 = aten.amax(key, [-1], True)
     b1 = aten.amax(aten.where(key == b0, lowest, key), [-1], True)
     ...
-    values = aten.cat([unorder(b0 >> 32), ...], -1)
-    ids = aten.cat([n - 1 - (b0 & 0xffffffff), ...], -1)
+    t[0], t[k] = unorder(b0 >> 32), n - 1 - (b0 & 0xffffffff)
+    ...
+
+In the graph these would be a hundred nodes a layer, and compiling them most of what the pass costs.
 
 What follows, such as the weights' normalisation, is then computed column by column too (``lowering/columns.py``), so
 that one launch takes a router's logits to the weights and ids of dispatch.
@@ -25,11 +32,16 @@ equal scores the first is taken, where topk promises no order. Refused for more 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
+
+from moe_ops.registration import register_op
 
 from . import torch_compat
 from .columns import Columns
@@ -66,9 +78,12 @@ class RouterTopk:
     def replace(self) -> str:
         """Put k maxima in its place; returns what was done."""
         graph = self.node.graph
-        write = _Writer(graph)
+        torch_compat.lower_as(topk_columns, _columns_in_inductor)
+        write = partial(torch_compat.insert_call, graph)
         with graph.inserting_before(self.node):
-            values, ids = _largest(write, self.scores, self.k)
+            columns = write(topk_columns, self.scores, self.k)
+            results = [torch_compat.insert_read(columns, number) for number in range(2 * self.k)]
+        values, ids = results[: self.k], results[self.k :]
         reads = list(self.node.users)
         assert all(read.target is operator.getitem for read in reads)
         known = {read: ids if read.args[1] else values for read in reads}
@@ -101,45 +116,60 @@ class UnrollTopk:
         return outcome
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """Writes nodes at the graph's insertion point."""
-
-    graph: Graph
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        return torch_compat.insert_call(self.graph, target, *args, **kwargs)
-
-    def cast(self, value: Node, dtype: torch.dtype) -> Node:
-        return value if value.meta["val"].dtype == dtype else self(prims.convert_element_type.default, value, dtype)
-
-    def rest(self, value: Node, last: int) -> Node:
-        """``last - value``."""
-        return self(aten.add.Tensor, self(aten.neg.default, value), last)
-
-    def mirror(self, bits: Node) -> Node:
-        """int32 bits of floats to integers that sort as the floats do, and back: negative ones turn round."""
-        sign = self(aten.__rshift__.Scalar, bits, 31)
-        return self(aten.bitwise_xor.Tensor, bits, self(aten.bitwise_and.Scalar, sign, ALL_BUT_SIGN))
+def _fake(scores: Tensor, k: int) -> list[Tensor]:
+    size = (*scores.shape[:-1], 1)
+    values = [scores.new_empty(size) for _ in range(k)]
+    return values + [scores.new_empty(size, dtype=torch.int64) for _ in range(k)]
 
 
-def _largest(write: _Writer, scores: Node, k: int) -> tuple[list[Node], list[Node]]:
-    """Values and ids of the k largest of each row, by column."""
-    sample = scores.meta["val"]
-    last = sample.shape[-1] - 1
-    columns = write(prims.iota.default, last + 1, start=0, step=1, dtype=torch.int64,
-                    device=sample.device, requires_grad=False)  # fmt: skip
-    bits = write(aten.view.dtype, write.cast(scores, torch.float32), torch.int32)
-    high = write(aten.__lshift__.Scalar, write.cast(write.mirror(bits), torch.int64), 32)
-    key = write(aten.add.Tensor, high, write.rest(columns, last))
+def _run(scores: Tensor, k: int) -> list[Tensor]:
+    def call(target: Any, *args: Any, readers: int = 1, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    return _columns(call, scores, k, scores.shape[-1], scores.device)
+
+
+topk_columns = register_op("topk_columns(Tensor scores, int k) -> Tensor[]", fake=_fake, cpu=_run, cuda=_run)
+
+
+def _columns_in_inductor(call: Callable, scores: Any, k: int) -> list[Any]:
+    return _columns(call, scores, k, int(scores.get_size()[-1]), scores.get_device())
+
+
+def _columns(call: Callable, scores: Any, k: int, width: int, device: torch.device) -> list[Any]:
+    """The k largest of each row of ``scores (..., width)`` by column, k values and then k ids; all by ``call``."""
+    write, last = _Writer(call), width - 1
+    columns = call(prims.iota.default, width, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False)
+    bits = call(aten.view.dtype, write.cast(scores, torch.float32), torch.int32)
+    high = call(aten.__lshift__.Scalar, write.cast(write.mirror(bits), torch.int64), 32)
+    key = call(aten.add.Tensor, high, write.rest(columns, last))
     # A buffer, else Inductor may split the first maxima of scores with groups over blocks, in two launches each.
-    key = write(torch_compat.realize_target(), key)
-    lowest = write(aten.full.default, [], LOWEST, dtype=torch.int64, device=sample.device)
+    key = call(torch_compat.realize_target(), key)
+    lowest = call(aten.full.default, [], LOWEST, dtype=torch.int64, device=device)
     values, ids = [], []
     for _ in range(k):
-        best = write(aten.amax.default, key, [-1], True)
-        key = write(aten.where.self, write(aten.eq.Tensor, key, best), lowest, key)
-        ids.append(write.rest(write(aten.bitwise_and.Scalar, best, LOW_HALF), last))
-        bits = write.mirror(write.cast(write(aten.__rshift__.Scalar, best, 32), torch.int32))
-        values.append(write.cast(write(aten.view.dtype, bits, torch.float32), sample.dtype))
-    return values, ids
+        best = call(aten.amax.default, key, [-1], True)
+        key = call(aten.where.self, call(aten.eq.Tensor, key, best), lowest, key, readers=3)
+        ids.append(write.rest(call(aten.bitwise_and.Scalar, best, LOW_HALF), last))
+        bits = write.mirror(write.cast(call(aten.__rshift__.Scalar, best, 32), torch.int32))
+        values.append(write.cast(call(aten.view.dtype, bits, torch.float32), scores.dtype))
+    return values + ids
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Steps that take several ops, each done by ``call``."""
+
+    call: Callable
+
+    def cast(self, value: Any, dtype: torch.dtype) -> Any:
+        return value if value.dtype == dtype else self.call(prims.convert_element_type.default, value, dtype)
+
+    def rest(self, value: Any, last: int) -> Any:
+        """``last - value``."""
+        return self.call(aten.add.Tensor, self.call(aten.neg.default, value), last)
+
+    def mirror(self, bits: Any) -> Any:
+        """int32 bits of floats to integers that sort as the floats do, and back: negative ones turn round."""
+        sign = self.call(aten.__rshift__.Scalar, bits, 31)
+        return self.call(aten.bitwise_xor.Tensor, bits, self.call(aten.bitwise_and.Scalar, sign, ALL_BUT_SIGN))

@@ -12,6 +12,9 @@ LIBRARY = torch.library.Library("moe_ep", "DEF")
 # ordered effect (a token threads through the graph). Off: only data dependence orders them.
 ORDERED_EFFECTS = True
 
+# Of ops that launch kernels of their own and in which ranks do not meet: ``lowering`` compiles them ahead.
+CUDA_IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable] = {}
+
 
 def register_op(
     schema: str,
@@ -35,6 +38,8 @@ def register_op(
     torch.library.register_fake(f"moe_ep::{name}", fake, lib=LIBRARY)
     base, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.moe_ep, base), overload or "default")
+    if not ordered and cuda is not cpu:
+        CUDA_IMPLEMENTATIONS[op] = cuda
     if ordered and ORDERED_EFFECTS:
         _declare_ordered(op)
     return op

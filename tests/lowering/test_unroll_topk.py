@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch.fx import Graph
 
+from lowering import torch_compat
 from lowering.unroll_topk import MAX_COLUMNS, UnrollTopk
 from tests.lowering.layers import inference_graph, text
 
@@ -108,31 +109,16 @@ def test_columns():
     module, _ = inference_graph(lambda x: (lambda t: (t[0] / t[0].sum(-1, True), t[1]))(x.topk(2)), torch.randn(3, 4))
     outcome = PASS.run(module.graph)
     assert outcome.done == ["topk: 2 maxima, sum_1, div"]
-    behind = text(module.graph).split("\nadd_tensor_2")
-    assert_expected_inline(behind[1], """\
- = add.Tensor(neg_default_1, 3)
-__rshift___scalar_1 = __rshift__.Scalar(amax_default, 32)
-convert_element_type_default_1 = prims.convert_element_type(__rshift___scalar_1, torch.int32)
-__rshift___scalar_2 = __rshift__.Scalar(convert_element_type_default_1, 31)
-bitwise_and_scalar_2 = bitwise_and.Scalar(__rshift___scalar_2, 2147483647)
-bitwise_xor_tensor_1 = bitwise_xor.Tensor(convert_element_type_default_1, bitwise_and_scalar_2)
-view_dtype_1 = view.dtype(bitwise_xor_tensor_1, torch.float32)
-amax_default_1 = amax(where_self, [-1], True)
-eq_tensor_1 = eq.Tensor(where_self, amax_default_1)
-where_self_1 = where.self(eq_tensor_1, full_default, where_self)
-bitwise_and_scalar_3 = bitwise_and.Scalar(amax_default_1, 4294967295)
-neg_default_2 = neg(bitwise_and_scalar_3)
-add_tensor_3 = add.Tensor(neg_default_2, 3)
-__rshift___scalar_3 = __rshift__.Scalar(amax_default_1, 32)
-convert_element_type_default_2 = prims.convert_element_type(__rshift___scalar_3, torch.int32)
-__rshift___scalar_4 = __rshift__.Scalar(convert_element_type_default_2, 31)
-bitwise_and_scalar_4 = bitwise_and.Scalar(__rshift___scalar_4, 2147483647)
-bitwise_xor_tensor_2 = bitwise_xor.Tensor(convert_element_type_default_2, bitwise_and_scalar_4)
-view_dtype_2 = view.dtype(bitwise_xor_tensor_2, torch.float32)
-cat_default_1 = cat([add_tensor_2, add_tensor_3], -1)
-add_tensor_4 = add.Tensor(view_dtype_1, view_dtype_2)
-div_tensor = div.Tensor(view_dtype_1, add_tensor_4)
-div_tensor_1 = div.Tensor(view_dtype_2, add_tensor_4)
+    assert_expected_inline(text(module.graph), """\
+topk_columns_default = topk_columns(in0, 2)
+getitem_2 = topk_columns_default[0]
+getitem_3 = topk_columns_default[1]
+getitem_4 = topk_columns_default[2]
+getitem_5 = topk_columns_default[3]
+cat_default_1 = cat([getitem_4, getitem_5], -1)
+add_tensor = add.Tensor(getitem_2, getitem_3)
+div_tensor = div.Tensor(getitem_2, add_tensor)
+div_tensor_1 = div.Tensor(getitem_3, add_tensor)
 cat_default = cat([div_tensor, div_tensor_1], -1)
 return (cat_default, cat_default_1)""")
 
@@ -168,45 +154,18 @@ def test_graph():
     outcome = PASS.run(module.graph)
     assert outcome.done == ["topk: 2 maxima"]
     assert_expected_inline(text(module.graph), """\
-iota_default = prims.iota(4, start=0, step=1, dtype=torch.int64, device=cpu, requires_grad=False)
-view_dtype = view.dtype(in0, torch.int32)
-__rshift___scalar = __rshift__.Scalar(view_dtype, 31)
-bitwise_and_scalar = bitwise_and.Scalar(__rshift___scalar, 2147483647)
-bitwise_xor_tensor = bitwise_xor.Tensor(view_dtype, bitwise_and_scalar)
-convert_element_type_default = prims.convert_element_type(bitwise_xor_tensor, torch.int64)
-__lshift___scalar = __lshift__.Scalar(convert_element_type_default, 32)
-neg_default = neg(iota_default)
-add_tensor = add.Tensor(neg_default, 3)
-add_tensor_1 = add.Tensor(__lshift___scalar, add_tensor)
-realize_default = _inductor_test.realize(add_tensor_1)
-full_default = full([], -9223372036854775808, dtype=torch.int64, device=cpu)
-amax_default = amax(realize_default, [-1], True)
-eq_tensor = eq.Tensor(realize_default, amax_default)
-where_self = where.self(eq_tensor, full_default, realize_default)
-bitwise_and_scalar_1 = bitwise_and.Scalar(amax_default, 4294967295)
-neg_default_1 = neg(bitwise_and_scalar_1)
-add_tensor_2 = add.Tensor(neg_default_1, 3)
-__rshift___scalar_1 = __rshift__.Scalar(amax_default, 32)
-convert_element_type_default_1 = prims.convert_element_type(__rshift___scalar_1, torch.int32)
-__rshift___scalar_2 = __rshift__.Scalar(convert_element_type_default_1, 31)
-bitwise_and_scalar_2 = bitwise_and.Scalar(__rshift___scalar_2, 2147483647)
-bitwise_xor_tensor_1 = bitwise_xor.Tensor(convert_element_type_default_1, bitwise_and_scalar_2)
-view_dtype_1 = view.dtype(bitwise_xor_tensor_1, torch.float32)
-amax_default_1 = amax(where_self, [-1], True)
-eq_tensor_1 = eq.Tensor(where_self, amax_default_1)
-where_self_1 = where.self(eq_tensor_1, full_default, where_self)
-bitwise_and_scalar_3 = bitwise_and.Scalar(amax_default_1, 4294967295)
-neg_default_2 = neg(bitwise_and_scalar_3)
-add_tensor_3 = add.Tensor(neg_default_2, 3)
-__rshift___scalar_3 = __rshift__.Scalar(amax_default_1, 32)
-convert_element_type_default_2 = prims.convert_element_type(__rshift___scalar_3, torch.int32)
-__rshift___scalar_4 = __rshift__.Scalar(convert_element_type_default_2, 31)
-bitwise_and_scalar_4 = bitwise_and.Scalar(__rshift___scalar_4, 2147483647)
-bitwise_xor_tensor_2 = bitwise_xor.Tensor(convert_element_type_default_2, bitwise_and_scalar_4)
-view_dtype_2 = view.dtype(bitwise_xor_tensor_2, torch.float32)
-cat_default_1 = cat([view_dtype_1, view_dtype_2], -1)
-cat_default = cat([add_tensor_2, add_tensor_3], -1)
+topk_columns_default = topk_columns(in0, 2)
+getitem_2 = topk_columns_default[0]
+getitem_3 = topk_columns_default[1]
+getitem_4 = topk_columns_default[2]
+getitem_5 = topk_columns_default[3]
+cat_default_1 = cat([getitem_2, getitem_3], -1)
+cat_default = cat([getitem_4, getitem_5], -1)
 return (cat_default_1, cat_default)""")
+
+
+def test_columns_op_is_an_op_like_others():
+    torch.library.opcheck(torch.ops.moe_ep.topk_columns.default, (torch.randn(3, 5).bfloat16(), 2))
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -215,7 +174,8 @@ def test_compiled_by_inductor(router):
     outcomes = []
     torch._dynamo.reset()
     with torch.no_grad(), inductor_config.patch(post_grad_custom_pre_pass=lambda g: outcomes.append(PASS.run(g))):
-        got = torch.compile(router, fullgraph=True)(x, w)
+        got, code = torch_compat.output_code(torch.compile(router, fullgraph=True), x, w)
+    assert not any("ops.moe_ep" in source for source in code), "Inductor calls topk_columns instead of building it"
     assert [len(outcome.done) for outcome in outcomes] == [3 if router is grouped_router else 1]
     assert_same_choice(got, router(x, w), router is grouped_router)
 
