@@ -9,6 +9,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,20 +137,25 @@ def sort_graph(graph: Graph) -> None:
 
 
 def on_fakes(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Callable[[], object]:
-    """A call of ``function`` for any thread, with new fake tensors in the place of those that are given."""
+    """A call of ``function`` for another thread, with new fake tensors in the place of those that are given.
+
+    They are looked at here and now: what a fake tensor says of its device depends on what its own mode is doing.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._pytree import tree_map_only
 
+    def later(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        options = {"dtype": tensor.dtype, "device": tensor.device}
+        return partial(torch.empty_strided, tuple(tensor.shape), tensor.stride(), **options)
+
+    given = tree_map_only(torch.Tensor, later, (args, kwargs))
+
     def call() -> object:
         with FakeTensorMode():
-            new_args, new_kwargs = tree_map_only(torch.Tensor, _empty_like, (args, kwargs))
+            new_args, new_kwargs = tree_map_only(partial, lambda new: new(), given)
             return function(*new_args, **new_kwargs)
 
     return call
-
-
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 # ---- where a pass hooks in, and what the caches of compiled graphs must know about it ----
