@@ -1,7 +1,7 @@
 """Device code of ``align_block_size``: positions by counting, no atomics on global memory.
 
 One launch up to ``ONE_LAUNCH_PAIRS``, where every program reads all ids; two above it, where every program
-counts a share of the ids, and then, with the counts of all shares at hand, ranks and scatters the same share.
+counts a share of the ids, and then ranks the same share and, with the counts of all shares at hand, scatters it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from .pdl import chain_link, chain_start
 
 ONE_LAUNCH_PAIRS = 4096
-_CHUNK = 128  # pairs that a program of the two-launch form ranks among each other at once, all with all
-_PROGRAMS = 128  # about one an SM; each of the two-launch form reads the counts of all
+_PARTS = 4  # of the pairs, which a program of the one-launch form counts apart: only one of them twice
+_PROGRAMS = 128  # about one an SM
 _BLOCKS = 4  # blocks that a program of the one-launch form pads at once
 
 
@@ -31,15 +31,6 @@ def _local_ids(ids_ptr, first, num_pairs, all_pairs, expert_start, num_experts, 
 
 
 @triton.jit
-def _bins(
-    ids_ptr, first, num_pairs, all_pairs, expert_start, num_experts, CHUNK: tl.constexpr, NONE: tl.constexpr
-):  # fmt: skip
-    """``_local_ids`` with the bin ``NONE`` where there is no local expert."""
-    pair, local, has = _local_ids(ids_ptr, first, num_pairs, all_pairs, expert_start, num_experts, CHUNK)
-    return pair, tl.where(has, local, NONE)
-
-
-@triton.jit
 def _fill(ptr, first, end, step, value, CHUNK: tl.constexpr):
     """``ptr[i] = value`` for the chunks of ``[first, end)`` that start ``step`` apart."""
     for at in range(first, end, step):
@@ -48,19 +39,51 @@ def _fill(ptr, first, end, step, value, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _earlier_equal(local, CHUNK: tl.constexpr):
-    """How many pairs of the chunk before each pair have its expert: [5, 3, 5] gives [0, 0, 1]."""
-    at = tl.arange(0, CHUNK)
-    equal = (local[None, :] == local[:, None]) & (at[None, :] < at[:, None])
-    return tl.sum(equal.to(tl.int32), axis=1)
+def _earlier_equal(local, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """How many pairs of its group of SIZE before each pair have its expert: one group [5, 3, 5] gives [0, 0, 1]."""
+    groups, at = tl.reshape(local, (GROUPS, SIZE)), tl.arange(0, SIZE)
+    # the axis that is summed comes first, so that each thread has it to itself
+    equal = tl.trans(groups)[:, :, None] == groups[None, :, :]
+    earlier = equal & (at[:, None, None] < at[None, None, :])
+    return tl.reshape(tl.sum(earlier.to(tl.int32), axis=0), (GROUPS * SIZE,))
+
+
+@triton.jit
+def _ranks(local, has, GROUPS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr):
+    """How many pairs before each pair have its expert, and how many of all: among groups by counting, then within."""
+    which = tl.arange(0, GROUPS * SIZE) // SIZE * BINS + local
+    counts = tl.reshape(tl.histogram(which, GROUPS * BINS, mask=has), (GROUPS, BINS))
+    before = tl.reshape(tl.cumsum(counts, 0) - counts, (GROUPS * BINS,))
+    within = _earlier_equal(tl.where(has, local, -1), GROUPS, SIZE)
+    return tl.gather(before, which, 0) + within, tl.sum(counts, 0)
+
+
+@triton.jit
+def _count_parts(
+    ids_ptr, start, num_pairs, all_pairs, expert_start, num_experts,
+    PART: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Pairs of each expert: all, and those before pair ``start``. ``PARTS * PART`` is at least ``all_pairs``."""
+    cut = start // PART * PART
+    pair, local, has = _local_ids(ids_ptr, cut, num_pairs, all_pairs, expert_start, num_experts, PART)
+    parts = ()
+    for part in tl.static_range(PARTS):  # all loads ahead of the first histogram
+        parts = parts + (_local_ids(ids_ptr, part * PART, num_pairs, all_pairs, expert_start, num_experts, PART),)
+    before = tl.histogram(local, BINS, mask=has & (pair < start))
+    counts = tl.zeros((BINS,), tl.int32)
+    for part in tl.static_range(PARTS):
+        here = tl.histogram(parts[part][1], BINS, mask=parts[part][2])
+        counts += here
+        before += tl.where(part * PART < cut, here, 0)
+    return counts, before
 
 
 @triton.jit
 def _align_kernel(
     ids_ptr, valid_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
     num_rows, top_k, expert_start, num_experts, sorted_size,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, SHARE: tl.constexpr, BLOCKS: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, SHARE: tl.constexpr,
+    BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs count all pairs, and those before their share; then they place SHARE pairs, and pad BLOCKS blocks.
 
@@ -74,28 +97,26 @@ def _align_kernel(
     own_pair, own, own_has = _local_ids(
         ids_ptr, program * SHARE, num_pairs, pairs_total, expert_start, num_experts, SHARE
     )
-    counts, before = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
-    for first in range(0, pairs_total, CHUNK):
-        pair, local, has = _local_ids(ids_ptr, first, num_pairs, pairs_total, expert_start, num_experts, CHUNK)
-        counts += tl.histogram(local, BINS, mask=has)
-        before += tl.histogram(local, BINS, mask=has & (pair < program * SHARE))
+    counts, before = _count_parts(
+        ids_ptr, program * SHARE, num_pairs, pairs_total, expert_start, num_experts, PART, PARTS, BINS
+    )
     padded = (counts + BLOCK - 1) // BLOCK * BLOCK
     ends = tl.cumsum(padded, 0)
-    rank = _earlier_equal(tl.where(own_has, own, -1), SHARE)
+    rank = _earlier_equal(tl.where(own_has, own, -1), 1, SHARE)
     tl.store(sorted_ptr + tl.gather(ends - padded + before, own, 0) + rank, own_pair, mask=own_has)
     total = tl.max(ends)
     bins = tl.arange(0, BINS)
-    PART: tl.constexpr = BLOCK & -BLOCK  # of a block: fused_moe asks for blocks of 192, which no range can have
-    for first in range(program * BLOCKS, sorted_size // PART, tl.num_programs(0) * BLOCKS):
-        part = (first + tl.arange(0, BLOCKS)) * PART
-        expert = tl.sum((ends[None, :] <= part[:, None]).to(tl.int32), axis=1)
-        # where the pairs of the part's expert end; past the total there is none, and all is padding
+    PIECE: tl.constexpr = BLOCK & -BLOCK  # of a block: fused_moe asks for blocks of 192, which no range can have
+    for first in range(program * BLOCKS, sorted_size // PIECE, tl.num_programs(0) * BLOCKS):
+        piece = (first + tl.arange(0, BLOCKS)) * PIECE
+        expert = tl.sum((ends[None, :] <= piece[:, None]).to(tl.int32), axis=1)
+        # where the pairs of the piece's expert end; past the total there is none, and all is padding
         filled = tl.sum(tl.where(bins[None, :] == expert[:, None], (ends - padded + counts)[None, :], 0), axis=1)
-        begins = (part < sorted_size) & (part % BLOCK == 0)
-        tl.store(expert_ids_ptr + part // BLOCK, tl.where(part < total, expert, -1), mask=begins)
-        where = part[:, None] + tl.arange(0, PART)[None, :]
+        begins = (piece < sorted_size) & (piece % BLOCK == 0)
+        tl.store(expert_ids_ptr + piece // BLOCK, tl.where(piece < total, expert, -1), mask=begins)
+        where = piece[:, None] + tl.arange(0, PIECE)[None, :]
         mask = (where >= filled[:, None]) & (where < sorted_size)
-        tl.store(sorted_ptr + where, tl.full((BLOCKS, PART), 0, tl.int32) + pairs_total, mask=mask)
+        tl.store(sorted_ptr + where, tl.full((BLOCKS, PIECE), 0, tl.int32) + pairs_total, mask=mask)
     if program == 0:
         tl.store(total_ptr, total)
 
@@ -115,58 +136,69 @@ def _count_kernel(
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     pairs_total = tl.cast(num_rows, tl.int64) * top_k
     num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
-    counts = tl.zeros((BINS,), tl.int32)
-    end_pair = tl.minimum((program + 1) * share, num_pairs)
-    for first in range(program * share, end_pair, CHUNK):
-        _, local = _bins(ids_ptr, first, end_pair, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
-        counts += tl.histogram(local, BINS)
-    bins = tl.arange(0, BINS)
-    tl.store(counts_ptr + program * BINS + bins, tl.where(bins < num_experts, counts, 0))
+    first, end = program * share, tl.minimum((program + 1) * share, pairs_total)
+    end_pair = tl.minimum(end, num_pairs)
+    # the first chunk ahead of the loop, whose bound waits for the live count
+    _, local, has = _local_ids(ids_ptr, first, end_pair, end, expert_start, num_experts, CHUNK)
     size = tl.cast(sorted_size, tl.int64)
     _fill(sorted_ptr, program * CHUNK, size, programs * CHUNK, pairs_total.to(tl.int32), CHUNK)
     _fill(expert_ids_ptr, program * CHUNK, size // BLOCK, programs * CHUNK, -1, CHUNK)
+    counts = tl.histogram(local, BINS, mask=has)
+    for later in range(first + CHUNK, end_pair, CHUNK):
+        _, local, has = _local_ids(ids_ptr, later, end_pair, end, expert_start, num_experts, CHUNK)
+        counts += tl.histogram(local, BINS, mask=has)
+    tl.store(counts_ptr + program * BINS + tl.arange(0, BINS), counts)
+
+
+@triton.jit
+def _sum_shares(counts_ptr, program, shares, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """Pairs of each expert, all and those of shares before ``program``'s, from the counts of all shares."""
+    bins = tl.arange(0, BINS)
+    counts, before = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
+    for first in range(0, shares, ROWS):
+        row = first + tl.arange(0, ROWS)
+        part = tl.load(counts_ptr + row[:, None] * BINS + bins[None, :], mask=(row < shares)[:, None], other=0)
+        counts += tl.sum(part, 0)
+        before += tl.sum(tl.where((row < program)[:, None], part, 0), 0)
+    return counts, before
 
 
 @triton.jit
 def _scatter_kernel(
     ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
     num_rows, top_k, expert_start, num_experts, share,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the pairs of one share to where the counts of all shares put them. Grid: one program a share."""
     program = tl.program_id(0).to(tl.int64)
     pairs_total = tl.cast(num_rows, tl.int64) * top_k
     num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
-    end_pair = tl.minimum((program + 1) * share, num_pairs)
-    bins = tl.arange(0, BINS)
-    before, counts = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
-    # inputs only, so ahead of the wait; in the loop, one chunk ahead of its use
-    pair, local = _bins(ids_ptr, program * share, end_pair, pairs_total, expert_start, num_experts, CHUNK, BINS - 1)
-    rank = _earlier_equal(local, CHUNK)
+    end = tl.minimum((program + 1) * share, num_pairs)
+    CHUNK: tl.constexpr = GROUPS * SIZE
+    # inputs only, so ahead of the wait: the whole share, where it is one chunk
+    pair, local, has = _local_ids(ids_ptr, program * share, end, pairs_total, expert_start, num_experts, CHUNK)
+    rank, here = _ranks(local, has, GROUPS, SIZE, BINS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    for first in range(0, tl.num_programs(0), ROWS):
-        shares = first + tl.arange(0, ROWS)
-        inside = (shares < tl.num_programs(0))[:, None]
-        part = tl.load(counts_ptr + shares[:, None] * BINS + bins[None, :], mask=inside, other=0)
-        counts += tl.sum(part, 0)
-        before += tl.sum(tl.where((shares < program)[:, None], part, 0), 0)
+    counts, before = _sum_shares(counts_ptr, program, tl.num_programs(0), BINS, ROWS)
     padded = (counts + BLOCK - 1) // BLOCK * BLOCK
     ends = tl.cumsum(padded, 0)
     base = ends - padded + before
-    for first in range(program * share, end_pair, CHUNK):
-        next_pair, next_local = _bins(
-            ids_ptr, first + CHUNK, end_pair, pairs_total, expert_start, num_experts, CHUNK, BINS - 1
-        )
-        tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=local < BINS - 1)
-        base += tl.histogram(local, BINS)
-        pair, local, rank = next_pair, next_local, _earlier_equal(next_local, CHUNK)
+    tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
+    base += here
+    for first in range(program * share + CHUNK, end, CHUNK):
+        pair, local, has = _local_ids(ids_ptr, first, end, pairs_total, expert_start, num_experts, CHUNK)
+        rank, here = _ranks(local, has, GROUPS, SIZE, BINS)
+        tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
+        base += here
     # the blocks of expert e: programs take every num_programs-th expert
+    bins = tl.arange(0, BINS)
     for expert in range(program, num_experts, tl.num_programs(0)):
-        end = tl.sum(tl.where(bins == expert, ends, 0))
-        begin = end - tl.sum(tl.where(bins == expert, padded, 0))
-        _fill(expert_ids_ptr, begin // BLOCK, end // BLOCK, CHUNK, expert, CHUNK)
+        past = tl.sum(tl.where(bins == expert, ends, 0))
+        begin = past - tl.sum(tl.where(bins == expert, padded, 0))
+        _fill(expert_ids_ptr, begin // BLOCK, past // BLOCK, CHUNK, expert, CHUNK)
     if program == 0:
         tl.store(total_ptr, tl.max(ends))
 
@@ -176,8 +208,10 @@ def _launch_two(
     num_local_experts: int, local_expert_start: int,
 ) -> None:  # fmt: skip
     sorted_ids, expert_ids, total = outputs
-    bins = triton.next_power_of_2(num_local_experts + 1)
-    share = triton.cdiv(triton.cdiv(topk_ids.numel(), _PROGRAMS), _CHUNK) * _CHUNK
+    bins = max(triton.next_power_of_2(num_local_experts), 16)
+    # few bins: groups of 32 pairs among themselves; many: 128 pairs, as Triton's histogram slows with bins squared
+    programs, groups, size = (256, 4, 32) if bins <= 32 else (128, 1, 128)
+    share = triton.cdiv(triton.cdiv(topk_ids.numel(), programs), groups * size) * groups * size
     shares = triton.cdiv(topk_ids.numel(), share)
     counts = torch.empty(shares, bins, dtype=torch.int32, device=topk_ids.device)
     sizes = topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts
@@ -188,7 +222,7 @@ def _launch_two(
     )  # fmt: skip
     _scatter_kernel[(shares,)](
         topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *sizes, share,
-        CHUNK=_CHUNK, ROWS=max(8192 // bins, 1), **options, **chain_link(True, topk_ids.device),
+        GROUPS=groups, SIZE=size, ROWS=max(4096 // bins, 1), **options, **chain_link(True, topk_ids.device),
     )  # fmt: skip
 
 
@@ -206,12 +240,13 @@ def launch(
         return
     sorted_ids, expert_ids, total = outputs
     pairs, blocks = topk_ids.numel(), expert_ids.numel()
-    chunk = min(max(triton.next_power_of_2(pairs), 128), 4096)
+    whole = max(triton.next_power_of_2(pairs), 128)
+    parts = _PARTS if whole > 1024 else 1
     share = max(triton.next_power_of_2(triton.cdiv(pairs, _PROGRAMS)), 32)
     programs = max(triton.cdiv(pairs, share), min(triton.cdiv(blocks, _BLOCKS), _PROGRAMS))
     _align_kernel[(programs,)](
         topk_ids, valid_tokens, sorted_ids, expert_ids, total,
         topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts, sorted_ids.numel(),
-        BLOCK=block_size, CHUNK=chunk, BINS=triton.next_power_of_2(num_local_experts), SHARE=share, BLOCKS=_BLOCKS,
-        num_warps=min(max(chunk // 256, 4), 8), **chain_start(True, topk_ids.device),
+        BLOCK=block_size, PART=whole // parts, PARTS=parts, BINS=triton.next_power_of_2(num_local_experts),
+        SHARE=share, BLOCKS=_BLOCKS, num_warps=min(max(whole // 256, 4), 8), **chain_start(True, topk_ids.device),
     )  # fmt: skip

@@ -225,3 +225,47 @@ def topk_sum_kernel(
             # a remote slot adds nothing, whatever its weight holds
             acc += tl.where(local, weight, 0.0) * value.to(tl.float32)
         tl.store(out_ptr + tl.cast(row, tl.int64) * out_stride + cols, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _lowest_bit(bits):
+    """Index of the lowest set bit, or -127 where there is none, and the rest: 6 gives (1, 4)."""
+    low = bits & -bits
+    return (low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, bits ^ low
+
+
+@triton.jit
+def topk_sum_local_kernel(
+    pairs_ptr, ids_ptr, weights_ptr, valid_ptr, out_ptr, out_stride, num_rows, hidden, expert_start, num_experts,
+    TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``topk_sum_kernel`` where most slots are remote: two local slots a turn, and no turn for the others.
+
+    Grid: as there. ``SLOTS``: ids looked at together, a power of two up to 16.
+    """
+    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = cols < hidden
+    slots = tl.arange(0, SLOTS)
+    live = tl.minimum(tl.load(valid_ptr), num_rows)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for row in range(tl.program_id(0), live, tl.num_programs(0)):
+        acc = tl.zeros((BLOCK_H,), tl.float32)
+        for part in tl.static_range(0, TOP_K, SLOTS):
+            pair = tl.cast(row, tl.int64) * TOP_K + part
+            expert = tl.load(ids_ptr + pair + slots, mask=slots < TOP_K - part, other=-1)
+            local = (expert >= expert_start) & (expert < expert_start + num_experts)
+            bits = tl.sum(tl.where(local, 1 << slots, 0), 0)
+            while bits != 0:
+                first, bits = _lowest_bit(bits)
+                second, bits = _lowest_bit(bits)
+                more = second >= 0
+                second = tl.where(more, second, first)
+                weight = tl.load(weights_ptr + pair + first).to(tl.float32)
+                next_weight = tl.where(more, tl.load(weights_ptr + pair + second).to(tl.float32), 0.0)
+                value = tl.load(pairs_ptr + (pair + first) * hidden + cols, mask=inside, other=0.0)
+                both = cols < tl.where(more, hidden, 0)
+                next_value = tl.load(pairs_ptr + (pair + second) * hidden + cols, mask=both, other=0.0)
+                acc += weight * value.to(tl.float32)
+                acc += next_weight * next_value.to(tl.float32)
+        tl.store(out_ptr + tl.cast(row, tl.int64) * out_stride + cols, acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -17,7 +17,7 @@ from . import fused_moe_wide
 from .align import launch_align
 from .fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan
 from .fused_moe_few_kernels import down_few_kernel, gate_up_few_kernel
-from .fused_moe_kernels import topk_sum_kernel
+from .fused_moe_kernels import topk_sum_kernel, topk_sum_local_kernel
 from .fused_moe_many_kernels import down_many_kernel, gate_up_many_kernel
 from .fused_moe_rest_kernels import down_rest_kernel, gate_up_rest_kernel
 from .pdl import chain_link, chain_start
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .fused_moe import ExpertForm
 
 _TMA_ALIGN = 16  # bytes that every stride of a bulk-copied tensor is a multiple of
+_SUM_ROWS, _SUM_SLOTS = 512, 16  # rows from which the sum looks for local slots first; ids that it looks at together
 _HOST_PROGRAMS = 4  # stands for the number of SMs where the kernels run in Triton's interpreter
 
 
@@ -226,15 +227,23 @@ def _down_many(
 
 def sum_pairs(
     pairs: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor, out: Tensor, expert_start: int, experts: int,
-    link: dict[str, Any],
+    link: dict[str, Any], many: bool | None = None,
 ) -> None:  # fmt: skip
-    """``out (M, H)``: each live row's K ``pairs (M * K, H)`` of local experts times their weights, summed."""
-    (rows, width), block = out.shape, 1024 if out.shape[1] >= 1024 else 256
+    """``out (M, H)``: each live row's K ``pairs (M * K, H)`` of local experts times their weights, summed.
+
+    ``many``: the form that reads no remote slot's pair, by default from ``_SUM_ROWS`` rows up. Equal bits.
+    """
+    (rows, width), top_k = out.shape, ids.shape[1]
+    many = rows >= _SUM_ROWS if many is None else many
+    block = 512 if many else 1024 if width >= 1024 else 256
     tiles = triton.cdiv(width, block)
-    topk_sum_kernel[(min(rows, max(16 * _device_of(out)[1] // tiles, 1)), tiles)](
-        pairs, ids, weights, valid_tokens, out, out.stride(0), rows, width, expert_start, experts,
-        TOP_K=ids.shape[1], BLOCK_H=block, num_warps=4, **link,
-    )  # fmt: skip
+    grid = min(rows, max((32 if many else 16) * _device_of(out)[1] // tiles, 1)), tiles
+    arguments = pairs, ids, weights, valid_tokens, out, out.stride(0), rows, width, expert_start, experts
+    if many:  # one warp a program: nothing but the loop's own loads to wait for, and 32 programs fit into an SM
+        slots = min(triton.next_power_of_2(top_k), _SUM_SLOTS)
+        topk_sum_local_kernel[grid](*arguments, TOP_K=top_k, BLOCK_H=block, SLOTS=slots, num_warps=1, **link)
+    else:
+        topk_sum_kernel[grid](*arguments, TOP_K=top_k, BLOCK_H=block, num_warps=4, **link)
 
 
 def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: Plan | None = None) -> None:

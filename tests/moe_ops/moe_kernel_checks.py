@@ -14,6 +14,8 @@ import torch
 from moe_ops.align import align_block_size, launch_align
 from moe_ops.fused_moe import launch_fused_moe
 from moe_ops.fused_moe_config import Plan, Tiles
+from moe_ops.fused_moe_launch import sum_pairs
+from moe_ops.topk_sum import topk_sum_reference
 from tests.moe_ops.moe_cases import FORMS, Case, build, check
 
 ON_GPU = torch.cuda.is_available()
@@ -59,9 +61,7 @@ def test_plans(plan, case):
     check(run, case, FORMS["swiglu"], DTYPE, DEVICE, plan=PLANS[plan])
 
 
-@pytest.mark.parametrize(
-    "plan", ["few-swap", "few-pointers", "many", "many-128", "many-special", "many-wide"]
-)
+@pytest.mark.parametrize("plan", ["few-swap", "few-pointers", "many", "many-128", "many-special", "many-wide"])
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form, plan):
     check(run, ODD, FORMS[form], DTYPE, DEVICE, plan=PLANS[plan])
@@ -129,10 +129,44 @@ def test_a_new_thread():
     assert torch.equal(got[: ODD.live], wanted[: ODD.live])
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("rows", "top_k", "local", "start", "experts", "hidden"),
+    [(9, 8, 2, 0, 16, 300), (7, 3, 5, 2, 12, 64), (5, 20, 8, 3, 64, 96), (4, 8, 8, 0, 8, 64), (3, 1, 1, 4, 8, 2049)],
+)
+def test_the_sum_has_equal_bits_in_both_forms(rows, top_k, local, start, experts, hidden, index_dtype):
+    """Remote slots and rows that are not live hold NaN, which nobody may read."""
+    make = torch.Generator().manual_seed(top_k)
+    ids = torch.randint(-1, experts, (rows, top_k), generator=make, dtype=index_dtype)
+    ids[0], ids[-1] = -1, start
+    remote = ((ids < start) | (ids >= start + local)).view(-1)
+    remote[-top_k:] = True
+    pairs, weights = torch.randn(rows * top_k, hidden, generator=make).to(DTYPE), torch.rand(rows, top_k)
+    pairs[remote], weights.view(-1)[remote] = float("nan"), float("nan")
+    live = torch.tensor([rows - 1], dtype=torch.int32, device=DEVICE)
+    ids, weights, pairs = ids.to(DEVICE), weights.to(DEVICE), pairs.to(DEVICE)
+    few, many = (torch.full((rows, hidden), 7.0, dtype=DTYPE, device=DEVICE) for _ in range(2))
+    for out, is_many in ((few, False), (many, True)):
+        sum_pairs(pairs, ids, weights, live, out, start, local, {"PDL": False}, many=is_many)
+    assert torch.equal(few, many) and (few[-1] == 7).all() and (few[0] == 0).all()
+    wanted = topk_sum_reference(pairs, ids, weights, live, start, local)
+    assert torch.allclose(few[:-1].float(), wanted[:-1].float(), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("block", [16, 64, 256])
 @pytest.mark.parametrize(
     ("rows", "top_k", "local", "start", "live"),
-    [(2, 2, 2, 0, 2), (7, 3, 5, 2, 5), (700, 8, 16, 16, 690), (5, 2, 1, 0, 0), (3, 2, 100, 0, 3), (600, 8, 3, 0, 600)],
+    [
+        (2, 2, 2, 0, 2),
+        (7, 3, 5, 2, 5),
+        (700, 8, 16, 16, 690),
+        (5, 2, 1, 0, 0),
+        (3, 2, 100, 0, 3),
+        (600, 8, 3, 0, 600),
+        (300, 8, 40, 3, 280),
+        (513, 8, 200, 1, 70),
+        (4500, 8, 129, 0, 4490),
+    ],
 )
 def test_align(rows, top_k, local, start, live, block):
     make = torch.Generator().manual_seed(rows)

@@ -58,7 +58,9 @@ def _type_of(name: str, box: dict[str, str]) -> str:
         return "i32"
     if name == "ids_ptr":
         return "*i64"
-    return "*i32" if name in ("valid_ptr", "sorted_ptr", "expert_ids_ptr", "total_ptr", "counts_ptr") else "*bf16"
+    if name == "counts_ptr":
+        return "*i16"
+    return "*i32" if name in ("valid_ptr", "sorted_ptr", "expert_ids_ptr", "total_ptr") else "*bf16"
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, box: dict[str, str]) -> Code:
@@ -167,14 +169,24 @@ def test_interleaved_and_transposed_weights_need_no_spill():
 
 
 @pytest.mark.parametrize("bins", [8, 256, 1024])
-def test_align_and_the_sum_spill_nothing(bins):
-    rest = {"BLOCK": 64, "BINS": bins, "ROWS": 8192 // bins, "SHARE": 32, "BLOCKS": 4, "PDL": True}
+def test_align_spills_nothing(bins):
+    groups, size = (4, 32) if bins <= 32 else (1, 128)
+    rest = {"BLOCK": 64, "BINS": bins, "ROWS": 4096 // bins, "GROUPS": groups, "SIZE": size, "SHARE": 32, "BLOCKS": 4}
+    rest |= {"PART": 1024, "PARTS": 4, "CHUNK": 512, "PDL": True}
     kernels = align_kernels._align_kernel, align_kernels._count_kernel, align_kernels._scatter_kernel
-    for kernel, chunk, warps in zip(kernels, (4096, 1024, 128), (8, 4, 4), strict=True):
-        # one register at 1024 experts with Triton 3.9
-        assert compiled(kernel, rest | {"CHUNK": chunk}, warps, 3, {}).stack <= (8 if bins == 1024 else 0)
-    code = compiled(fused_moe_kernels.topk_sum_kernel, {"TOP_K": 8, "BLOCK_H": 1024, "PDL": True}, 4, 3, {})
-    assert code.stack == 0 and code.has("ld.global.v4")
+    for kernel, warps in zip(kernels, (8, 4, 4), strict=True):
+        # a few registers at 1024 experts with Triton 3.9
+        assert compiled(kernel, rest, warps, 3, {}).stack <= (8 if bins == 1024 else 0)
+
+
+@pytest.mark.parametrize("kernel", ["topk_sum_kernel", "topk_sum_local_kernel"])
+def test_the_sum_spills_nothing_and_leaves_room_for_many_programs(kernel):
+    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "PDL": True}
+    local = kernel == "topk_sum_local_kernel"
+    constants |= {"BLOCK_H": 512} if local else {}
+    code = compiled(getattr(fused_moe_kernels, kernel), constants, 1 if local else 4, 3, {})
+    assert code.stack == 0 and code.has("ld.global.v4") and not code.has("bar.sync")
+    assert code.registers <= (64 if local else 48)  # 32 programs of one warp an SM, ten of four
 
 
 def test_a_flat_loop_and_warps_of_their_own_spill_nothing():
