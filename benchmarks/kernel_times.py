@@ -16,7 +16,7 @@ from graphs.profiling import Span, idle_of, traced
 # First match wins. Names as the profiler shows them on Hopper with torch 2.11; Inductor's carry the fused ops' names.
 GROUPS = (
     ("communication", r"nccl|_dispatch\w*_kernel|_combine\w*_kernel|_metadata_kernel"),
-    ("experts", r"gate_up_\w+_kernel|down_\w+_kernel|topk_sum_kernel|_align_kernel|_count_kernel|_scatter_kernel|"
+    ("experts", r"gate_up_\w+_kernel|down_\w+_kernel|topk_sum_\w*kernel|_align_kernel|_count_kernel|_scatter_kernel|"
                 r"experts?_\w*kernel|GroupProblemShape|grouped|Grouped"),
     ("attention", r"_attend_kernel|_merge_kernel|fmha|flash_fprop|efficient_attention"),
     ("repeat_kv", r"triton_poi.*clone.*expand"),
