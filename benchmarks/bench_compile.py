@@ -3,12 +3,12 @@
     python benchmarks/bench_compile.py
 
 The step that ``graphs.DecodeLoop`` compiles, of a model with ``--layers`` layers of true dimensions on one device. A
-figure is the median over ``--rounds`` fresh processes with empty caches (Inductor's and Triton's), the three ways in
-turn: seconds from the first call to its result, with tracing, passes, Triton and the first launches of our own kernels
-in it, but without imports and weights. Of a process it also says where they went: ``kernels``, Triton kernels that
-Inductor wrote; ``ours``, seconds in which this process compiled kernels of our own (in threads, where
-lowering knows them ahead), ``each`` by name; ``collector``, seconds of Python's garbage collector; seconds of torch's
-phases (``PHASES``; the first ones hold later ones).
+figure is the median over ``--rounds`` fresh processes with empty caches (Inductor's and Triton's), the ways in turn,
+exact in the first round only: three rounds take four minutes. It holds the seconds from the first call to its result,
+with tracing, passes, Triton and the first launches of our own kernels, without imports and weights. Of a process it
+also says where they went: ``kernels``, Triton kernels that Inductor wrote; ``ours``, seconds in which this process
+compiled kernels of our own (in threads, where lowering knows them ahead), ``each`` by name; ``collector``, seconds of
+Python's garbage collector; seconds of torch's phases (``PHASES``; the first ones hold later ones).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,6 +133,20 @@ def in_fresh_process(way: str, model: str, layers: int, batch: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def summary(lines: list[dict], plain: list[dict]) -> str:
+    """One way's medians beside those of ``plain``."""
+
+    def median(of: Callable[[dict], float], lines: list[dict] = lines) -> float:
+        return statistics.median(map(of, lines))
+
+    seconds = median(lambda line: line["seconds"])
+    ratio = seconds / median(lambda line: line["seconds"], plain)
+    spent = {name: median(lambda line, name=name: line["phases"][name]) for name in PHASES}
+    spent |= {name: median(lambda line, name=name: line[name]) for name in ("ours", "collector")}
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in spent.items())
+    return f"{lines[0]['way']}: {seconds:.2f} s, {ratio:.2f} x plain ({len(lines)} processes); {parts}"
+
+
 def main(
     model: str = "qwen3-30b-a3b",
     layers: int = 12,
@@ -140,18 +155,17 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON of all processes")] = None,
     child: Annotated[str | None, typer.Option(help="compile this way, here and once", hidden=True)] = None,
 ) -> None:
-    """A line each way: median seconds, and its ratio to plain."""
+    """A line each process; then a line each way: median seconds, their ratio to plain, and where they went."""
     if child:
         print(json.dumps(compile_once(child, model, layers, batch)))
         return
     lines = []
-    for _ in range(rounds):
-        for way in WAYS:
+    for number in range(rounds):
+        for way in WAYS if number == 0 else ("plain", "inexact"):
             lines.append(in_fresh_process(way, model, layers, batch))
             print(json.dumps(lines[-1]), flush=True)
-    seconds = {way: statistics.median(line["seconds"] for line in lines if line["way"] == way) for way in WAYS}
-    for way, median in seconds.items():
-        print(f"{way}: {median:.2f} s, {median / seconds['plain']:.2f} x plain")
+    for way in WAYS:
+        print(summary([line for line in lines if line["way"] == way], [x for x in lines if x["way"] == "plain"]))
     if out is not None:
         out.write_text(json.dumps(lines))
 
