@@ -30,6 +30,7 @@ THREADS = 4  # a decode step has four to eight kernels of ours
 _log = logging.getLogger(__name__)
 _thread = threading.local()
 _under_way: list[Future] = []
+_lock = threading.Lock()  # of _under_way and of Triton's two functions
 
 
 def compile_ahead(graph: Graph) -> None:
@@ -42,9 +43,10 @@ def rehearse(calls: Iterable[Callable[[], object]]) -> None:
     pending = list(calls)
     if not pending:
         return
-    _divert_launches()
     with_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="moe_ep_compile")
-    _under_way.extend(with_threads.submit(_rehearse, call) for call in pending)
+    with _lock:
+        _divert_launches()
+        _under_way.extend(with_threads.submit(_rehearse, call) for call in pending)
     with_threads.shutdown(wait=False)
 
 
@@ -80,7 +82,7 @@ def _looks(fake: Tensor) -> Any:
 
 
 def _divert_launches() -> None:
-    """From now on launches of rehearsing threads compile; others first wait for what is under way."""
+    """Launches of rehearsing threads compile; the first other one waits for these and puts Triton's own back."""
     from triton.runtime.jit import JITFunction
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -93,9 +95,11 @@ def _divert_launches() -> None:
     def diverted(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if getattr(_thread, "rehearses", False):
             return run(kernel, *map(_stand_in, args), grid=(1,), warmup=True, **kwargs)
-        if _under_way:
-            wait(_under_way)
-            _under_way.clear()
+        wait(tuple(_under_way))
+        with _lock:
+            if all(rehearsal.done() for rehearsal in _under_way):
+                _under_way.clear()
+                launcher.run, descriptors.__post_init__ = run, check
         return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
     def checked(descriptor: Any) -> None:
