@@ -166,6 +166,7 @@ def test_the_sum_has_equal_bits_in_both_forms(rows, top_k, local, start, experts
         (300, 8, 40, 3, 280),
         (513, 8, 200, 1, 70),
         (4500, 8, 129, 0, 4490),
+        (8300, 8, 16, 2, 8290),  # few experts: three chunks a program
     ],
 )
 def test_align(rows, top_k, local, start, live, block):
