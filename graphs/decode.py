@@ -8,14 +8,13 @@ much to prefill and whether to go on (``meeting``); between looks no rank knows 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-import lowering  # its passes run whenever a step is compiled
 from moe_ops.errors import CapacityError
 
 from .attention import use_decode_attention
@@ -28,7 +27,7 @@ from .requests import Answer, Request, problem_with
 from .sampling import Sampler, greedy
 from .sharding import check_peers, expert_parallel_state, shard_experts
 from .slots import Slots
-from .step import DecodeStep, PrefillStep
+from .step import DecodeStep, PrefillStep, compiled_step
 
 LOOK_EVERY = 16
 PREFILL_TOKENS = 256  # of one forward
@@ -91,8 +90,8 @@ class DecodeLoop:
         self._step.cache.begin_recurrence()
         self._prefill = None if self._step.cache.recurrent else self._make_prefill()
         self.slots = Slots(self._step, self._prefill, apart=batch_invariant)
-        self._run_prefill = _compiled(self._prefill, compile_prefill and compile, backend)
-        self._run_step = _compiled(self._step, compile, backend)
+        self._run_prefill = compiled_step(self._prefill, compile_prefill and compile, backend)
+        self._run_step = compiled_step(self._step, compile, backend)
 
     def submit(self, request: Request) -> int:
         """Queue a request; it joins when a slot is free. Returns the number that its ``Answer`` will carry."""
@@ -292,21 +291,3 @@ def _prepared(model: Model) -> ExpertParallelState:
         state = expert_parallel_state(model)
     assert state is not None
     return state
-
-
-def _compiled(step: nn.Module | None, compile: bool, backend: str | Callable | None) -> Any:
-    """The step as one graph; on CUDA also one CUDA graph. Its first call, which compiles, allows inexact passes."""
-    if step is None or not compile:
-        return step
-    chosen: dict[str, Any] = {"mode": "reduce-overhead"} if backend is None else {"backend": backend}
-    compiled = torch.compile(step, fullgraph=True, dynamic=False, **chosen)
-    warm = False
-
-    def run(*args: Any) -> Any:
-        nonlocal warm
-        with nullcontext() if warm else lowering.allow_inexact():
-            result = compiled(*args)
-        warm = True
-        return result
-
-    return run

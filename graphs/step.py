@@ -6,11 +6,14 @@ copying anything in, and the host changes what the next replay does by writing t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import lowering  # its passes run whenever a step is compiled
 
 from . import hf_compat
 from .experts import ExpertParallelState
@@ -180,3 +183,21 @@ class PrefillStep(nn.Module):
         ]
         for buffer, value in pairs:
             buffer.copy_(torch.tensor(value, dtype=buffer.dtype), non_blocking=True)
+
+
+def compiled_step(step: nn.Module | None, compile: bool, backend: str | Callable | None) -> Any:
+    """The step as one graph; on CUDA also one CUDA graph. Its first call, which compiles, allows inexact passes."""
+    if step is None or not compile:
+        return step
+    chosen: dict[str, Any] = {"mode": "reduce-overhead"} if backend is None else {"backend": backend}
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, **chosen)
+    warm = False
+
+    def run(*args: Any) -> Any:
+        nonlocal warm
+        with nullcontext() if warm else lowering.allow_inexact():
+            result = compiled(*args)
+        warm = True
+        return result
+
+    return run
