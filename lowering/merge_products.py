@@ -14,14 +14,23 @@ After::
 Also for a single product, because at few rows the library's kernels do not read the weights at full speed. A router
 that casts both operands to fp32 (DeepSeek-V3) keeps its fp32 result but not the casts, which read and write the whole
 weight in every step: products of 16-bit values are exact in fp32, where the kernel sums them anyway. Legal
-because the weights are inputs of the graph, and nothing writes them. A sum in fp32 that is rounded once, as the
-library's, but in another order: the one place besides ``rounding`` where lowering changes bits. Refused for more than
+because the weights are inputs of the graph, and nothing writes them. A sum in fp32 that
+is rounded once, as the library's, but in another order.
+
+Products with few columns that only pointwise code and reductions read, as a router's, are summed in pieces of their
+depth, so that there are programs enough to read the weight at the memory's rate::
+
+    t = moe_ep.thin_linear(x, [w], out_dtype=float32, split=4)
+    logits = aten.sum(t[0], [0])                   # Inductor does this in the softmax's kernel
+
+Refused for more than
 ``MAX_ROWS`` rows (``MAX_ROWS_ALONE`` of a single product), and for weights that are not stored row by row or are
 larger than ``MAX_BYTES``, where the library is as fast, or of another dtype than the batch. The CPU's products stay.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +38,15 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_ops.shapes import HALF_DTYPES
-from moe_ops.thin_linear import MAX_WEIGHTS, takes
+from moe_ops.thin_linear import MAX_WEIGHTS, best_split, takes
 
 from . import torch_compat
 from .hoist_metadata import value_key
 from .report import Outcome
+from .unroll_topk import topk_columns
 
 aten, prims = torch.ops.aten, torch.ops.prims
+VIEWS = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.select.int, aten.slice.Tensor)
 MAX_BYTES = 64 << 20  # one weight
 MAX_ROWS_ALONE = 32  # of a single product; at 64 rows the library is faster (10.2 us against 11.5, 2048 x 4096, H200)
 
@@ -60,17 +71,51 @@ class Product:
 
 def replace_together(products: list[Product]) -> str:
     """One ``thin_linear`` in the place of the first; returns what was done."""
-    first = products[0]
+    first, split = products[0], split_of(products)
     graph, names = first.node.graph, ", ".join(product.node.name for product in products)
     with graph.inserting_before(first.node):
-        op = torch.ops.moe_ep.thin_linear.default
-        cast = {} if first.x.meta["val"].dtype == first.dtype else {"out_dtype": first.dtype}
-        joined = torch_compat.insert_call(graph, op, first.x, [product.weight for product in products], **cast)
+        op, weights = torch.ops.moe_ep.thin_linear.default, [product.weight for product in products]
+        options: dict[str, Any] = {} if first.x.meta["val"].dtype == first.dtype else {"out_dtype": first.dtype}
+        if split > 1:
+            options = {"out_dtype": torch.float32, "split": split}
+        joined = torch_compat.insert_call(graph, op, first.x, weights, **options)
         results = [torch_compat.insert_read(joined, index) for index in range(len(products))]
+        if split > 1:
+            results = [_add_pieces(graph, pieces, first.dtype) for pieces in results]
     for product, result in zip(products, results, strict=True):
         product.node.replace_all_uses_with(result)
         graph.erase_node(product.node)
-    return f"{joined.name}: {names}"
+    return f"{joined.name}: {names}" + (f" in {split} pieces, added where they are read" if split > 1 else "")
+
+
+def split_of(products: list[Product]) -> int:
+    """Pieces of the depth: 1 unless they have few columns, read by ops that Inductor joins with a sum."""
+    if not all(_fuses(reader) for product in products for reader in _readers(product.node)):
+        return 1
+    widths, depths = zip(*(product.weight.meta["val"].shape for product in products), strict=True)
+    return best_split(widths, depths[0])
+
+
+def _add_pieces(graph: Graph, pieces: Node, dtype: torch.dtype) -> Node:
+    """``pieces (split, rows, width)`` added in order and rounded to ``dtype``."""
+    added = torch_compat.insert_call(graph, aten.sum.dim_IntList, pieces, [0])
+    if dtype == torch.float32:
+        return added
+    return torch_compat.insert_call(graph, prims.convert_element_type.default, added, dtype)
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """Who reads the values of ``node``, themselves or through a view."""
+    for user in node.users:
+        if user.target in VIEWS:
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _fuses(reader: Node) -> bool:
+    tags = getattr(reader.target, "tags", ())
+    return torch.Tag.pointwise in tags or torch.Tag.reduction in tags or reader.target is topk_columns
 
 
 class MergeProducts:

@@ -6,20 +6,24 @@ cuBLAS launches one kernel (or two) for each, and at few rows none of them fills
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import DtypeError, ShapeError
 from .registration import register_op
-from .shapes import CPU_HIDDEN_DTYPES, HALF_DTYPES, check_dtype, check_rank, check_same_device
+from .shapes import CPU_HIDDEN_DTYPES, HALF_DTYPES, align_up, check_dtype, check_rank, check_same_device
 
 _OP = "thin_linear"
 MAX_ROWS = 64  # beyond, a product is no longer bounded by reading its weights alone
 MAX_WEIGHTS = 4
+PIECE_STEP = 512  # of the depth: pieces are multiples, one step of the kernel's loop
+MAX_SPLIT = 7  # Inductor adds fewer than 8 values where they are read; of more it makes a launch
+MOST_PROGRAMS = 128  # one an SM of an H200, in units of 16 columns
 
 
-def _check(x: Tensor, weights: Sequence[Tensor]) -> None:
+def _check(x: Tensor, weights: Sequence[Tensor], out_dtype: torch.dtype | None, split: int) -> None:
     check_rank(_OP, "x", x, 2, "(rows, depth)")
     check_dtype(_OP, "x", x, HALF_DTYPES if x.is_cuda else CPU_HIDDEN_DTYPES)
     if not 1 <= len(weights) <= MAX_WEIGHTS or x.shape[0] > MAX_ROWS:
@@ -32,17 +36,34 @@ def _check(x: Tensor, weights: Sequence[Tensor]) -> None:
         check_same_device(_OP, x=x, weight=weight)
         if weight.shape[1] != x.shape[1]:
             raise ShapeError(f"{_OP}: weights[{i}] {tuple(weight.shape)} does not take x {tuple(x.shape)}.")
+    if split < 1:
+        raise ShapeError(f"{_OP}: split = {split}; pass at least 1.")
+    if split > 1 and out_dtype != torch.float32:
+        raise DtypeError(f"{_OP}: out_dtype = {out_dtype} with split = {split}; pass float32, pieces are added.")
 
 
-def _fake(x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None) -> list[Tensor]:
-    _check(x, weights)
-    return [x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype) for weight in weights]
+def _empty(x: Tensor, weights: Sequence[Tensor], out_dtype: torch.dtype | None, split: int) -> list[Tensor]:
+    pieces = () if split == 1 else (split,)
+    return [x.new_empty(*pieces, x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype) for weight in weights]
 
 
-def _cpu(x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None) -> list[Tensor]:
+def _fake(
+    x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, split: int = 1
+) -> list[Tensor]:
+    _check(x, weights, out_dtype, split)
+    return _empty(x, weights, out_dtype, split)
+
+
+def _cpu(x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, split: int = 1) -> list[Tensor]:
     """Summed in fp32 and rounded once, as the kernel does."""
-    _check(x, weights)
-    return [(x.float() @ weight.float().T).to(out_dtype or x.dtype) for weight in weights]
+    _check(x, weights, out_dtype, split)
+    if split == 1:
+        return [(x.float() @ weight.float().T).to(out_dtype or x.dtype) for weight in weights]
+    ends = [min(p * piece_of(x.shape[1], split), x.shape[1]) for p in range(split + 1)]
+    pieces = list(pairwise(ends))
+    return [
+        torch.stack([x[:, i:j].float() @ weight[:, i:j].float().T for i, j in pieces]) for weight in weights
+    ]  # fmt: skip
 
 
 def tiles(rows: int, widths: Sequence[int]) -> dict[str, int]:
@@ -58,37 +79,56 @@ def tiles(rows: int, widths: Sequence[int]) -> dict[str, int]:
     return {"ROWS": padded, "BLOCK_N": 16, "PARTS": parts, "PART": part, "num_stages": stages}
 
 
+def piece_of(depth: int, split: int) -> int:
+    """How much of the depth each of ``split`` pieces has, but the last ones, which have what is left."""
+    return align_up(-(-depth // split), PIECE_STEP)
+
+
 def launch(
-    x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, **chosen: int
+    x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, split: int = 1, **chosen: int
 ) -> list[Tensor]:
     """The kernel; ``chosen`` replaces tile sizes, in tests and sweeps."""
     from .thin_linear_kernels import _thin_linear_kernel
 
     x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
     rows, depth = x.shape
-    outs = [x.new_empty(rows, weight.shape[0], dtype=out_dtype or x.dtype) for weight in weights]
+    outs = _empty(x, weights, out_dtype, split)
     if rows == 0:
         return outs
     widths = [weight.shape[0] for weight in weights]
-    sizes = tiles(rows, widths) | chosen
-    sizes["EVEN_K"] = depth % (sizes["PARTS"] * sizes["PART"]) == 0
+    sizes, piece = tiles(rows, widths) | chosen, piece_of(depth, split) if split > 1 else depth
+    step = sizes["PARTS"] * sizes["PART"]
+    sizes["EVEN_K"] = depth % step == 0 and piece % step == 0
     programs = sum(-(-width // sizes["BLOCK_N"]) for width in widths)
-    _thin_linear_kernel[(programs,)](
-        x, tuple(weights), tuple(outs), tuple(widths), rows, depth,
+    _thin_linear_kernel[(programs, split)](
+        x, tuple(weights), tuple(outs), tuple(widths), rows, depth, piece,
         **{"num_warps": 4} | sizes,  # pyright: ignore[reportCallIssue, reportArgumentType]
     )  # fmt: skip
     return outs
 
 
-def _cuda(x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None) -> list[Tensor]:
-    _check(x, weights)
-    return launch(x, weights, out_dtype=out_dtype)
+def _cuda(
+    x: Tensor, weights: Sequence[Tensor], *, out_dtype: torch.dtype | None = None, split: int = 1
+) -> list[Tensor]:
+    _check(x, weights, out_dtype, split)
+    return launch(x, weights, out_dtype=out_dtype, split=split)
 
 
 thin_linear = register_op(
-    "thin_linear(Tensor x, Tensor[] weights, *, ScalarType? out_dtype=None) -> Tensor[]",
+    "thin_linear(Tensor x, Tensor[] weights, *, ScalarType? out_dtype=None, int split=1) -> Tensor[]",
     fake=_fake, cpu=_cpu, cuda=_cuda,
 )  # fmt: skip
+"""``(rows, width)`` each. ``split`` > 1: (split, rows, width) fp32, sums over consecutive pieces of the depth.
+
+Whoever reads these adds them, in that order. A product with few columns, such as a router's, has too few programs to
+read its weights at the memory's rate otherwise.
+"""
+
+
+def best_split(widths: Sequence[int], depth: int) -> int:
+    """Pieces of the depth of products whose readers add them, 1 where their columns make programs enough."""
+    programs = sum(-(-width // 16) for width in widths)
+    return max(1, min(MAX_SPLIT, depth // PIECE_STEP, MOST_PROGRAMS // programs))
 
 
 def takes(rows: int, dtype: torch.dtype, cuda: bool) -> bool:

@@ -79,8 +79,8 @@ def test_thin_linear(rows: int, widths: tuple[int, ...]):
     many = len(widths)
     types = {
         "x_ptr": BF16, "weights": (BF16,) * many, "outs": (BF16,) * many, "widths": ("i32",) * many, "rows": "i32",
-        "depth": "i32",
+        "depth": "i32", "piece": "i32",
     }  # fmt: skip
-    ptx, registers, stack = compiled(_thin_linear_kernel, types, constants, aligned=("widths", "depth"))
+    ptx, registers, stack = compiled(_thin_linear_kernel, types, constants, aligned=("widths", "depth", "piece"))
     assert stack == 0 and registers <= 192, (registers, stack)
     assert "cp.async.cg" in ptx

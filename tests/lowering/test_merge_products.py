@@ -103,6 +103,63 @@ sigmoid = sigmoid(getitem)
 return (sigmoid)""")
 
 
+def test_few_columns_are_summed_in_pieces_that_their_readers_add():
+    """Expected: a result for each quarter of the depth, and one sum, which Inductor makes part of the sigmoid."""
+    module, inputs = inference_graph(router, torch.randn(5, 2048).bfloat16(), torch.randn(8, 2048).bfloat16() / 45)
+    wanted = module(*inputs)[0]
+    assert PASS.run(module.graph).done == ["thin_linear_default: mm in 4 pieces, added where they are read"]
+    module.graph.lint()
+    module.recompile()
+    torch.testing.assert_close(module(*inputs)[0], wanted)
+    module.graph.eliminate_dead_code()
+    assert_expected_inline(text(module.graph), """\
+sin = sin(in0)
+thin_linear_default = thin_linear(sin, [in1], out_dtype=torch.float32, split=4)
+getitem = thin_linear_default[0]
+sum_dim_int_list = sum.dim_IntList(getitem, [0])
+sigmoid = sigmoid(sum_dim_int_list)
+return (sigmoid)""")
+
+
+def test_a_16_bit_product_is_rounded_behind_its_sum():
+    module, inputs = inference_graph(
+        lambda x, w: functional.linear(x.sin()[None], w)[0].float().softmax(-1),
+        torch.randn(5, 2048).bfloat16(), torch.randn(8, 2048).bfloat16() / 45,
+    )  # fmt: skip
+    wanted = module(*inputs)[0]
+    assert PASS.run(module.graph).done == ["thin_linear_default: mm in 4 pieces, added where they are read"]
+    module.recompile()
+    torch.testing.assert_close(module(*inputs)[0], wanted, rtol=0, atol=2e-2)  # a step of bf16 of a logit
+    (cast,) = (n for n in module.graph.nodes if n.args[1:] == (torch.bfloat16,))
+    assert cast.args[0].target is torch.ops.aten.sum.dim_IntList and cast.meta["val"].dtype == torch.bfloat16
+
+
+def test_pieces_of_two_products():
+    """As of a router and a shared expert's gate, which look at the same rows."""
+    module, inputs = inference_graph(
+        lambda x, a, b: functional.linear(x, a).softmax(-1) * functional.linear(x, b).sigmoid(),
+        *(torch.randn(n, 2048) / 7 for n in (5, 8, 1)),
+    )
+    wanted = module(*inputs)[0]
+    assert PASS.run(module.graph).done == ["thin_linear_default: mm, mm_1 in 4 pieces, added where they are read"]
+    module.recompile()
+    torch.testing.assert_close(module(*inputs)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: functional.linear(x, w),  # a result of the graph
+        lambda x, w: functional.linear(functional.linear(x, w), w.sin().T),  # read by a library's product
+        lambda x, w: (lambda y: y.sin() @ w + y @ w)(functional.linear(x, w)),
+    ],
+    ids=["output", "product", "both"],
+)
+def test_pieces_are_added_at_once_where_no_kernel_of_inductor_reads_them(function):
+    module, _ = inference_graph(function, torch.randn(5, 2048), torch.randn(8, 2048))
+    assert all("pieces" not in done for done in PASS.run(module.graph).done)
+
+
 def test_only_casts_of_equal_dtypes_go():
     """A batch that has more bits than the weight keeps them; casts that round are none of its business."""
     wide, half = torch.randn(5, 16), torch.randn(8, 16).bfloat16()

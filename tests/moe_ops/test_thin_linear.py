@@ -21,6 +21,22 @@ def test_opcheck():
     args = (torch.randn(3, 8, dtype=torch.bfloat16), [torch.randn(n, 8, dtype=torch.bfloat16) for n in (4, 6)])
     torch.library.opcheck(op.default, args)
     torch.library.opcheck(op.default, args, {"out_dtype": torch.float32})
+    torch.library.opcheck(op.default, args, {"out_dtype": torch.float32, "split": 3})
+
+
+def test_pieces_literal():
+    """Depth 1024 in two pieces: ones times ones and twos."""
+    weight = torch.cat([torch.ones(1, 512), torch.full((1, 512), 2.0)], 1)
+    (pieces,) = op(torch.ones(2, 1024), [weight], out_dtype=torch.float32, split=2)
+    assert pieces.tolist() == [[[512.0], [512.0]], [[1024.0], [1024.0]]]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [({"split": 0}, ShapeError), ({"split": 2}, DtypeError)], ids=["none", "dtype"]
+)
+def test_wrong_pieces_are_refused(options, error):
+    with pytest.raises(error, match="split"):
+        op(torch.randn(3, 8), [torch.randn(2, 8)], **options)
 
 
 def test_kernel_in_the_interpreter():

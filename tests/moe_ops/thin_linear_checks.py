@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_ops.thin_linear import launch, tiles
+from moe_ops.thin_linear import best_split, launch, piece_of, tiles
 from tests.tolerances import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,6 +48,32 @@ def test_16_bit_operands_and_a_result_that_is_not_rounded(rows: int):
     (got,) = launch(x, [weight], out_dtype=torch.float32)
     assert got.dtype == torch.float32
     assert relative_error(got, x.double() @ weight.double().T) < 2e-6
+
+
+@pytest.mark.parametrize(("depth", "split"), [(2048, 4), (1100, 2), (1100, 7)])
+def test_pieces_of_the_depth(depth: int, split: int):
+    """Also where the last piece is short, or there are more pieces than depth: those are zero."""
+    x, (weight, other) = case(3, depth, (33, 16))
+    for got, w in zip(launch(x, [weight, other], out_dtype=torch.float32, split=split), (weight, other), strict=True):
+        assert got.shape == (split, 3, w.shape[0]) and got.dtype == torch.float32
+        piece = piece_of(depth, split)
+        for p in range(split):
+            part = slice(p * piece, (p + 1) * piece)
+            wanted = x[:, part].double() @ w[:, part].double().T
+            torch.testing.assert_close(got[p].double(), wanted, rtol=1e-4, atol=1e-3)
+        assert relative_error(got.sum(0), x.double() @ w.double().T) < 2e-6
+
+
+def test_pieces_of_a_row_do_not_depend_on_the_others():
+    x, weights = case(16, 1024, (40,))
+    alone = launch(x[3:4], weights, out_dtype=torch.float32, split=2)[0]
+    assert torch.equal(launch(x, weights, out_dtype=torch.float32, split=2)[0][:, 3:4], alone)
+
+
+def test_split():
+    sizes = (((128,), 2048), ((256,), 7168), ((2048,), 4096), ((60, 1), 2048), ((8,), 64))
+    assert [best_split(*size) for size in sizes] == [4, 7, 1, 4, 1]
+    assert piece_of(7168, 7) == 1024 and piece_of(1100, 2) == 1024
 
 
 def test_strided_input_and_no_rows():
