@@ -80,6 +80,22 @@ def align_blocks(
     return outputs
 
 
+def align_with_lone(
+    topk_ids: Tensor, topk_weights: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int,
+    local_expert_start: int,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:  # fmt: skip
+    """``align_blocks`` of contiguous (M, K), more than ``align_kernels.ONE_LAUNCH_PAIRS``, and which pairs are lone.
+
+    The latter is (S,) int32, set where ``sorted_token_ids`` names a pair: ``fused_moe_kernels.lone_weight``.
+    """
+    from .align_kernels import launch
+
+    outputs = _empty_outputs(topk_ids, block_size, num_local_experts)
+    lone = topk_weights, torch.empty_like(outputs[0])
+    launch(topk_ids, valid_tokens, outputs, block_size, num_local_experts, local_expert_start, lone)
+    return outputs, lone[1]
+
+
 align_block_size = register_op(
     "align_block_size(Tensor topk_ids, Tensor valid_tokens, int block_size, int num_local_experts, "
     "int local_expert_start) -> (Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_padded)",

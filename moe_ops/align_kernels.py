@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fused_moe_lone_kernels import lone_weight
 from .pdl import chain_link, chain_start
 
 ONE_LAUNCH_PAIRS = 4096
@@ -165,12 +166,15 @@ def _sum_shares(counts_ptr, program, shares, BINS: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def _scatter_kernel(
-    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
+    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr, weights_ptr, lone_ptr,
     num_rows, top_k, expert_start, num_experts, share,
     BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
+    LONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the pairs of one share to where the counts of all shares put them. Grid: one program a share."""
+    """Write the pairs of one share to where the counts of all shares put them. Grid: one program a share.
+
+    LONE: K, or 0; then ``lone[position]`` is ``lone_weight`` of the pair there.
+    """
     program = tl.program_id(0).to(tl.int64)
     pairs_total = tl.cast(num_rows, tl.int64) * top_k
     num_pairs = tl.minimum(tl.load(valid_ptr).to(tl.int64) * top_k, pairs_total)
@@ -179,6 +183,8 @@ def _scatter_kernel(
     # inputs only, so ahead of the wait: the whole share, where it is one chunk
     pair, local, has = _local_ids(ids_ptr, program * share, end, pairs_total, expert_start, num_experts, CHUNK)
     rank, here = _ranks(local, has, GROUPS, SIZE, BINS)
+    if LONE:
+        lone = lone_weight(ids_ptr, weights_ptr, pair, pair < pairs_total, expert_start, num_experts, LONE)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -187,11 +193,16 @@ def _scatter_kernel(
     ends = tl.cumsum(padded, 0)
     base = ends - padded + before
     tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
+    if LONE:
+        tl.store(lone_ptr + tl.gather(base, local, 0) + rank, lone, mask=has)
     base += here
     for first in range(program * share + CHUNK, end, CHUNK):
         pair, local, has = _local_ids(ids_ptr, first, end, pairs_total, expert_start, num_experts, CHUNK)
         rank, here = _ranks(local, has, GROUPS, SIZE, BINS)
         tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
+        if LONE:
+            lone = lone_weight(ids_ptr, weights_ptr, pair, pair < pairs_total, expert_start, num_experts, LONE)
+            tl.store(lone_ptr + tl.gather(base, local, 0) + rank, lone, mask=has)
         base += here
     # the blocks of expert e: programs take every num_programs-th expert
     bins = tl.arange(0, BINS)
@@ -205,7 +216,7 @@ def _scatter_kernel(
 
 def _launch_two(
     topk_ids: Tensor, valid_tokens: Tensor, outputs: tuple[Tensor, Tensor, Tensor], block_size: int,
-    num_local_experts: int, local_expert_start: int,
+    num_local_experts: int, local_expert_start: int, lone: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     sorted_ids, expert_ids, total = outputs
     bins = max(triton.next_power_of_2(num_local_experts), 16)
@@ -221,8 +232,9 @@ def _launch_two(
         CHUNK=min(triton.next_power_of_2(share), 1024), **options, **chain_start(True, topk_ids.device),
     )  # fmt: skip
     _scatter_kernel[(shares,)](
-        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *sizes, share,
-        GROUPS=groups, SIZE=size, ROWS=max(4096 // bins, 1), **options, **chain_link(True, topk_ids.device),
+        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *(lone or (counts, counts)), *sizes, share,
+        GROUPS=groups, SIZE=size, ROWS=max(4096 // bins, 1), LONE=topk_ids.shape[1] if lone else 0,
+        **options, **chain_link(True, topk_ids.device),
     )  # fmt: skip
 
 
@@ -233,11 +245,16 @@ def launch(
     block_size: int,
     num_local_experts: int,
     local_expert_start: int,
+    lone: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Fill ``outputs`` (see ``align.align_block_size``); ``topk_ids`` contiguous."""
+    """Fill ``outputs`` (see ``align.align_block_size``); ``topk_ids`` contiguous.
+
+    ``lone`` (more than ``ONE_LAUNCH_PAIRS`` pairs): weights (M, K), and (S,) int32 that gets ``lone_weight``.
+    """
     if topk_ids.numel() > ONE_LAUNCH_PAIRS:
-        _launch_two(topk_ids, valid_tokens, outputs, block_size, num_local_experts, local_expert_start)
+        _launch_two(topk_ids, valid_tokens, outputs, block_size, num_local_experts, local_expert_start, lone)
         return
+    assert lone is None, "one launch tells no lone pairs"
     sorted_ids, expert_ids, total = outputs
     pairs, blocks = topk_ids.numel(), expert_ids.numel()
     whole = max(triton.next_power_of_2(pairs), 128)

@@ -46,6 +46,7 @@ class Plan:
     the first ones of each of its columns.
     ``slots`` (few rows): programs for each tile, about as many as there are local pairs; more pairs are looped over.
     0: one for each pair of a chunk, or for each expert where these are fewer.
+    ``lone`` (many rows): the second GEMM writes rows with one local pair to the result where it can.
     """
 
     gate_up: Tiles
@@ -58,6 +59,7 @@ class Plan:
     pdl: bool = True
     prefetch: int = 0
     slots: int = 0
+    lone: bool = True
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:

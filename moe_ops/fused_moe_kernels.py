@@ -237,11 +237,12 @@ def _lowest_bit(bits):
 @triton.jit
 def topk_sum_local_kernel(
     pairs_ptr, ids_ptr, weights_ptr, valid_ptr, out_ptr, out_stride, num_rows, hidden, expert_start, num_experts,
-    TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, SLOTS: tl.constexpr, LONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``topk_sum_kernel`` where most slots are remote: two local slots a turn, and no turn for the others.
 
-    Grid: as there. ``SLOTS``: ids looked at together, a power of two up to 16.
+    Grid: as there. ``SLOTS``: ids looked at together, a power of two up to 16. LONE (TOP_K <= SLOTS): rows with one
+    local slot are left as they are, see ``store_pairs``.
     """
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = cols < hidden
@@ -256,6 +257,9 @@ def topk_sum_local_kernel(
             expert = tl.load(ids_ptr + pair + slots, mask=slots < TOP_K - part, other=-1)
             local = (expert >= expert_start) & (expert < expert_start + num_experts)
             bits = tl.sum(tl.where(local, 1 << slots, 0), 0)
+            if LONE:
+                wanted = (bits == 0) | (bits & (bits - 1) != 0)
+                bits = tl.where(wanted, bits, 0)
             while bits != 0:
                 first, bits = _lowest_bit(bits)
                 second, bits = _lowest_bit(bits)
@@ -268,4 +272,9 @@ def topk_sum_local_kernel(
                 next_value = tl.load(pairs_ptr + (pair + second) * hidden + cols, mask=both, other=0.0)
                 acc += weight * value.to(tl.float32)
                 acc += next_weight * next_value.to(tl.float32)
-        tl.store(out_ptr + tl.cast(row, tl.int64) * out_stride + cols, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        if LONE:
+            inside_row = cols < tl.where(wanted, hidden, 0)
+        else:
+            inside_row = inside
+        where = out_ptr + tl.cast(row, tl.int64) * out_stride + cols
+        tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=inside_row)

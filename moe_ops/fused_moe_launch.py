@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import fused_moe_wide
-from .align import launch_align
+from .align import align_with_lone, launch_align
+from .align_kernels import ONE_LAUNCH_PAIRS
 from .fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan
 from .fused_moe_few_kernels import down_few_kernel, gate_up_few_kernel
 from .fused_moe_kernels import topk_sum_kernel, topk_sum_local_kernel
@@ -165,17 +166,23 @@ def _quarters(plan: Plan) -> Plan:
     return replace(plan, gate_up=gate_up, down=down)
 
 
-def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int) -> None:
+def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: bool) -> None:
     plan = replace(plan, gate_up=_power_of_two_rows(plan.gate_up), down=_power_of_two_rows(plan.down))
     ids, inner, experts, block = problem.topk_ids, problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
     if block != plan.down.block_m:
         raise AssertionError(f"both GEMMs share the blocks of align: {plan}")
-    aligned = launch_align(ids, problem.valid_tokens, block, experts, problem.expert_start)
+    marks = None
+    if lone:
+        aligned, marks = align_with_lone(
+            ids, problem.topk_weights, problem.valid_tokens, block, experts, problem.expert_start
+        )
+    else:
+        aligned = launch_align(ids, problem.valid_tokens, block, experts, problem.expert_start)
     act = problem.hidden.new_empty(aligned[0].numel(), inner)
     boxes = all(size * act.element_size() % _TMA_ALIGN == 0 for size in (problem.hidden.shape[1], inner))
     plan = replace(plan, rest=plan.rest and plan.tma and boxes)
     _gate_up_many(problem, plan, aligned, act, sms)
-    _down_many(problem, plan, aligned, act, pairs, sms)
+    _down_many(problem, plan, aligned, marks, act, pairs, sms)
 
 
 def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act: Tensor, sms: int) -> None:
@@ -198,9 +205,10 @@ def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act
 
 
 def _down_many(
-    problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act: Tensor, pairs: Tensor, sms: int
+    problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], lone: Tensor | None, act: Tensor, pairs: Tensor, sms: int
 ) -> None:  # fmt: skip
     (positions, inner), width, block = act.shape, problem.hidden.shape[1], plan.down.block_m
+    out = pairs, _or(lone, aligned[0]), problem.out
     link, bias = chain_link(plan.pdl, act.device), _or(problem.down_bias, problem.down)
     weights, args = _down(problem, plan)
     box_rows = args["TMA"] and inner * act.element_size() % _TMA_ALIGN == 0
@@ -211,27 +219,29 @@ def _down_many(
         args["num_warps"] *= 2
     rows = TensorDescriptor.from_tensor(act, [block, plan.down.block_k]) if box_rows and not special else act
     programs = min(positions // block * triton.cdiv(width, plan.down.block_n), sms * plan.programs)
-    count = problem.topk_ids.numel()
+    (_, top_k), count, stride = problem.topk_ids.shape, problem.topk_ids.numel(), problem.out.stride(0)
+    link |= {"LONE": 0 if lone is None else top_k, "GROUP": plan.group}
     down_many_kernel[(programs,)](
-        rows, *aligned, weights, bias, pairs, count, positions, width, inner,
-        BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, WHOLE=plan.rest, GROUP=plan.group, **link, **args,
+        rows, *aligned, weights, bias, *out, count, positions, width, inner, stride,
+        BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, WHOLE=plan.rest, **link, **args,
     )  # fmt: skip
     if plan.rest:
         tiles = _quarters(plan).down
         weights, args = _down(problem, _quarters(plan))
         rows = TensorDescriptor.from_tensor(act, [tiles.block_m, tiles.block_k])
         down_rest_kernel[(2 * sms,)](
-            rows, *aligned, weights, bias, pairs, count, width, inner, programs, GROUP=plan.group, **link, **args
+            rows, *aligned, weights, bias, *out, count, width, inner, stride, programs, **link, **args
         )
 
 
 def sum_pairs(
     pairs: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor, out: Tensor, expert_start: int, experts: int,
-    link: dict[str, Any], many: bool | None = None,
+    link: dict[str, Any], many: bool | None = None, lone: bool = False,
 ) -> None:  # fmt: skip
     """``out (M, H)``: each live row's K ``pairs (M * K, H)`` of local experts times their weights, summed.
 
     ``many``: the form that reads no remote slot's pair, by default from ``_SUM_ROWS`` rows up. Equal bits.
+    ``lone``: rows with one local slot are there already, see ``_takes_lone``.
     """
     (rows, width), top_k = out.shape, ids.shape[1]
     many = rows >= _SUM_ROWS if many is None else many
@@ -241,7 +251,8 @@ def sum_pairs(
     arguments = pairs, ids, weights, valid_tokens, out, out.stride(0), rows, width, expert_start, experts
     if many:  # one warp a program: nothing but the loop's own loads to wait for, and 32 programs fit into an SM
         slots = min(triton.next_power_of_2(top_k), _SUM_SLOTS)
-        topk_sum_local_kernel[grid](*arguments, TOP_K=top_k, BLOCK_H=block, SLOTS=slots, num_warps=1, **link)
+        options = {"TOP_K": top_k, "BLOCK_H": block, "SLOTS": slots, "LONE": lone, "num_warps": 1}
+        topk_sum_local_kernel[grid](*arguments, **options, **link)
     else:
         topk_sum_kernel[grid](*arguments, TOP_K=top_k, BLOCK_H=block, num_warps=4, **link)
 
@@ -252,10 +263,20 @@ def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: 
         problem.out.zero_()
         return
     problem, plan = _prepare(problem, tokens_hint, batch_invariant, plan)
+    lone = _takes_lone(problem, plan)
     sum_pairs(
-        _run_pairs(problem, plan), problem.topk_ids, problem.topk_weights, problem.valid_tokens, problem.out,
-        problem.expert_start, problem.gate_up.shape[0], chain_link(plan.pdl, problem.hidden.device),
+        _run_pairs(problem, plan, lone), problem.topk_ids, problem.topk_weights, problem.valid_tokens, problem.out,
+        problem.expert_start, problem.gate_up.shape[0], chain_link(plan.pdl, problem.hidden.device), lone=lone,
     )  # fmt: skip
+
+
+def _takes_lone(problem: Problem, plan: Plan) -> bool:
+    """Whether the second GEMM writes the rows of ``out`` with one local pair, and the sum the others only."""
+    (rows, top_k), out, many = problem.topk_ids.shape, problem.out, not plan.pairs and plan.lone
+    told = many and rows * top_k > ONE_LAUNCH_PAIRS and rows >= _SUM_ROWS and top_k <= _SUM_SLOTS
+    places = out.data_ptr(), out.stride(0) * out.element_size(), out.shape[1] * out.element_size()
+    aligned = out.dtype == problem.hidden.dtype and all(place % _TMA_ALIGN == 0 for place in places)
+    return told and aligned and not fused_moe_wide.suits(problem, plan)
 
 
 def run_pairs(problem: Problem, tokens_hint: int | None, batch_invariant: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,7 +297,7 @@ def _prepare(
     return problem, plan or choose_plan(problem.shape(tokens_hint), _device_of(hidden)[0], batch_invariant)
 
 
-def _run_pairs(problem: Problem, plan: Plan) -> Tensor:
+def _run_pairs(problem: Problem, plan: Plan, lone: bool = False) -> Tensor:
     pairs = problem.hidden.new_empty(problem.topk_ids.numel(), problem.hidden.shape[1])
     if problem.topk_ids.numel() == 0 or problem.hidden.shape[1] == 0:
         return pairs
@@ -285,5 +306,5 @@ def _run_pairs(problem: Problem, plan: Plan) -> Tensor:
     elif fused_moe_wide.suits(problem, plan):
         fused_moe_wide.run_wide(problem, plan, pairs, _device_of(problem.hidden)[1])
     else:
-        _run_many(problem, plan, pairs, _device_of(problem.hidden)[1])
+        _run_many(problem, plan, pairs, _device_of(problem.hidden)[1], lone)
     return pairs

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
+from .fused_moe_lone_kernels import store_pairs
 
 
 @triton.jit
@@ -35,6 +36,16 @@ def quarter(index, whole, num_blocks, num_tiles, GROUP: tl.constexpr):
     """``(block, row half, column half of all tiles)`` of quarter ``index`` of the items from ``whole`` on."""
     block, tile = grouped_tile(whole + index // 4, num_blocks, num_tiles, GROUP)
     return block, index % 2, 2 * tile + index // 2 % 2
+
+
+@triton.jit
+def across(values, SIZE: tl.constexpr):
+    """``values (SIZE,)``, moved between threads here: a loop that carries them then has an element a thread.
+
+    Else it has them as the store wants them, 16 rows a thread, twice over: spills; and Triton 3.6 mixes up copies of
+    one carried tensor in several layouts.
+    """
+    return tl.gather(values, tl.arange(0, SIZE), 0)
 
 
 @triton.jit
@@ -78,15 +89,16 @@ def gate_up_many_kernel(
 
 @triton.jit
 def down_many_kernel(
-    act, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, out_ptr,
-    num_pairs, positions, hidden, inner,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BOX_ROWS: tl.constexpr,
+    act, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, pairs_ptr, lone_ptr, out_ptr,
+    num_pairs, positions, hidden, inner, out_stride,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BOX_ROWS: tl.constexpr, LONE: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FLAT: tl.constexpr,
     SPECIAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """``out[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent.
+    """``pairs[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent.
 
+    LONE: a row's only local pair goes to ``out`` instead, weighted: see ``store_pairs``.
     ``act``: (S, I), with BOX_ROWS its descriptor: a block's rows lie one after the other. SPECIAL (BLOCK_M 128, four
     warps): one group of warps loads, two multiply 64 rows each and store while their next tile is being loaded.
     """
@@ -106,6 +118,7 @@ def down_many_kernel(
         first = block.to(tl.int64) * BLOCK_M
         pairs = tl.load(sorted_ptr + first + tl.arange(0, BLOCK_M))
         rows = pairs < num_pairs
+        lone = tl.load(lone_ptr + first + tl.arange(0, BLOCK_M)) if LONE > 0 else pairs
         if BOX_ROWS:
             where = first.to(tl.int32)
         else:
@@ -114,4 +127,7 @@ def down_many_kernel(
             act, where, rows, w, bias_ptr, expert, tile, hidden, inner,
             TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BOX_ROWS,
         )  # fmt: skip
-        store_tile(out_ptr, pairs.to(tl.int64), rows, tile, hidden, acc, BLOCK_N)
+        if FLAT and LONE > 0:
+            pairs, lone = across(pairs, BLOCK_M), across(lone, BLOCK_M)
+            rows = pairs < num_pairs
+        store_pairs(pairs_ptr, pairs, rows, tile, hidden, acc, lone, out_ptr, out_stride, LONE, BLOCK_N)

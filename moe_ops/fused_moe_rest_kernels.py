@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
+from .fused_moe_lone_kernels import store_pairs
 from .fused_moe_many_kernels import quarter, whole_rounds
 
 
@@ -44,9 +45,9 @@ def gate_up_rest_kernel(
 
 @triton.jit
 def down_rest_kernel(
-    act, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, out_ptr,
-    num_pairs, hidden, inner, programs,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr,
+    act, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, pairs_ptr, lone_ptr, out_ptr,
+    num_pairs, hidden, inner, out_stride, programs,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, LONE: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
@@ -59,10 +60,11 @@ def down_rest_kernel(
         block, half, tile = quarter(index, whole, num_blocks, num_tiles, GROUP)
         first = (2 * block + half) * BLOCK_M
         pairs = tl.load(sorted_ptr + first + tl.arange(0, BLOCK_M))
+        lone = tl.load(lone_ptr + first + tl.arange(0, BLOCK_M)) if LONE > 0 else pairs
         acc = down_tile(
             act, first, pairs < num_pairs, w, bias_ptr, tl.load(expert_ids_ptr + block), tile, hidden, inner,
             TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True,
         )  # fmt: skip
-        store_tile(out_ptr, pairs.to(tl.int64), pairs < num_pairs, tile, hidden, acc, BLOCK_N)
+        store_pairs(pairs_ptr, pairs, pairs < num_pairs, tile, hidden, acc, lone, out_ptr, out_stride, LONE, BLOCK_N)
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe_ops import fused_moe_launch
 from moe_ops.align import align_block_size, launch_align
 from moe_ops.fused_moe import launch_fused_moe
 from moe_ops.fused_moe_config import Plan, Tiles
@@ -22,6 +23,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float16)
 DIVISIBLE = Case(rows=37, top_k=3, hidden=128, inner=64, live=35)
 ODD = Case(rows=21, top_k=3, hidden=56, inner=40, live=20)  # tails everywhere; strides still suit bulk copies
+SLICE = Case(rows=640, top_k=7, experts=56, local=6, hidden=56, inner=40, live=600)  # align in two launches
 UNALIGNED = Case(rows=21, top_k=3, hidden=57, inner=39, live=20)  # no bulk copies
 
 T16 = Tiles(16, 32, 64, 4, 3)
@@ -118,6 +120,63 @@ def test_batch_invariance_holds_across_plans(rows):
     rest[2] = torch.tensor([rows], dtype=torch.int32, device=hidden.device)
     part = run(hidden[-rows:], ids[-rows:], weights[-rows:], *rest, batch_invariant=True)
     assert torch.equal(part, whole[-rows:])
+
+
+def _slice(plan: Plan, change: dict) -> tuple[tuple, torch.Tensor, torch.Tensor]:
+    """Arguments of a call of ``SLICE`` with NaN weights of remote slots, live rows by number of local slots, result."""
+    case = replace(SLICE, **change)
+    arguments, _ = build(case, {}, DTYPE, DEVICE)
+    ids, weights = arguments[1:3]
+    local = (ids >= case.start) & (ids < case.start + case.local)
+    weights[~local] = float("nan")
+    return arguments, local[: case.live].sum(1), run(*arguments, plan=replace(plan, lone=False))
+
+
+MANY = [name for name in PLANS if name.startswith("many")]
+
+
+@pytest.mark.parametrize(
+    ("plan", "change"),
+    [(name, {}) for name in MANY]
+    + [("many-special", {"index_dtype": torch.int32, "start": 0}), ("many-flat", {"top_k": 16, "local": 3})],
+    ids=str,
+)
+def test_rows_with_one_local_slot_have_the_bits_of_the_sum(plan, change):
+    arguments, locals_, wanted = _slice(PLANS[plan], change)
+    got = run(*arguments, plan=PLANS[plan])
+    assert all((locals_ == count).sum() > 9 for count in range(3))
+    assert torch.equal(got[: SLICE.live], wanted[: SLICE.live]) and torch.isfinite(wanted[: SLICE.live]).all()
+
+
+@pytest.mark.parametrize("plan", ["many-flat", "many-special", "many-rest"])
+def test_the_second_gemm_writes_rows_with_one_local_slot_and_the_sum_the_others(plan, monkeypatch):
+    arguments, locals_, wanted = _slice(PLANS[plan], {})
+    whole_sum = fused_moe_launch.sum_pairs
+    monkeypatch.setattr(fused_moe_launch, "sum_pairs", lambda *_, **__: None)
+    out = torch.full((SLICE.rows, 2 * SLICE.hidden), 7.0, dtype=DTYPE, device=DEVICE)[:, : SLICE.hidden]
+    run(*arguments, plan=PLANS[plan], out=out)
+    lone = torch.cat([locals_ == 1, torch.zeros(SLICE.rows - SLICE.live, dtype=torch.bool, device=DEVICE)])
+    assert torch.equal(out[lone], wanted[lone]) and (out[~lone] == 7).all()
+
+    monkeypatch.setattr(fused_moe_launch, "sum_pairs", lambda pairs, *rest, **options: whole_sum(
+        torch.where(lone.repeat_interleave(SLICE.top_k)[:, None], float("nan"), pairs), *rest, **options
+    ))  # fmt: skip
+    out.fill_(7)
+    run(*arguments, plan=PLANS[plan], out=out)
+    assert torch.equal(out[: SLICE.live], wanted[: SLICE.live]) and (out[SLICE.live :] == 7).all()
+
+
+@pytest.mark.parametrize("value", [-1, 0x7FC00000, 0x7F800000])
+def test_no_weight_is_taken_for_a_mark(value):
+    """NaN, also of the bits that stand for "not lone", and infinity reach the row as through the sum."""
+    arguments, locals_, _ = _slice(PLANS["many"], {})
+    arguments[2].fill_(torch.tensor(value, dtype=torch.int32).view(torch.float32))
+    assert arguments[2].view(torch.int32)[0, 0] == value
+    got, wanted = (run(*arguments, plan=replace(PLANS["many"], lone=lone))[: SLICE.live] for lone in (True, False))
+    assert (
+        torch.equal(got.nan_to_num(3.0), wanted.nan_to_num(3.0)) and not torch.isfinite(got[locals_ > 0]).all(1).any()
+    )
+    assert torch.equal(got.isnan(), wanted.isnan()) and (got[locals_ == 0] == 0).all()
 
 
 def test_a_new_thread():

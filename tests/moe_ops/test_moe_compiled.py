@@ -34,6 +34,7 @@ DIVISIBLE = ("x_stride", "hidden", "inner", "out_stride")  # by 16, which lets l
 FORM = {
     "TOP_K": 8, "ACT": "silu", "GATED": True, "TRANSPOSED": False, "INTERLEAVED": False, "HAS_BIAS": False,
     "HAS_LIMIT": False, "TMA": True, "EVEN_K": True, "PDL": True, "BOX_ROWS": True, "GROUP": 8, "BY_PAIR": False,
+    "LONE": 0,
 }  # fmt: skip
 
 
@@ -58,9 +59,11 @@ def _type_of(name: str, box: dict[str, str]) -> str:
         return "i32"
     if name == "ids_ptr":
         return "*i64"
+    if name == "weights_ptr":
+        return "*fp32"
     if name == "counts_ptr":
         return "*i16"
-    return "*i32" if name in ("valid_ptr", "sorted_ptr", "expert_ids_ptr", "total_ptr") else "*bf16"
+    return "*i32" if name in ("valid_ptr", "sorted_ptr", "expert_ids_ptr", "total_ptr", "lone_ptr") else "*bf16"
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, box: dict[str, str]) -> Code:
@@ -97,7 +100,7 @@ def gemms(plan: Plan) -> tuple[Code, Code]:
     return _gemm(kernels[0], plan, plan.gate_up, 2), _gemm(kernels[1], plan, plan.down, 1)
 
 
-def _gemm(kernel: Any, plan: Plan, tiles: Tiles, parts: int) -> Code:
+def _gemm(kernel: Any, plan: Plan, tiles: Tiles, parts: int, **more: Any) -> Code:
     box = {"w": f"tensordesc<bf16[1,{parts},{tiles.block_n},{tiles.block_k}]>"}
     if not tiles.special:
         box["act"] = f"tensordesc<bf16[{tiles.block_m},{tiles.block_k}]>"
@@ -105,7 +108,7 @@ def _gemm(kernel: Any, plan: Plan, tiles: Tiles, parts: int) -> Code:
         "PAIRS": plan.pairs, "PREFETCH": plan.prefetch,
         "SWAP": tiles.swap, "FLAT": tiles.flat, "SPECIAL": tiles.special, "WHOLE": plan.rest,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
-    }  # fmt: skip
+    } | more  # fmt: skip
     return compiled(kernel, constants, tiles.num_warps, tiles.num_stages, box)
 
 
@@ -172,16 +175,17 @@ def test_interleaved_and_transposed_weights_need_no_spill():
 def test_align_spills_nothing(bins):
     groups, size = (4, 32) if bins <= 32 else (1, 128)
     rest = {"BLOCK": 64, "BINS": bins, "ROWS": 4096 // bins, "GROUPS": groups, "SIZE": size, "SHARE": 32, "BLOCKS": 4}
-    rest |= {"PART": 1024, "PARTS": 4, "CHUNK": 512, "PDL": True}
-    kernels = align_kernels._align_kernel, align_kernels._count_kernel, align_kernels._scatter_kernel
-    for kernel, warps in zip(kernels, (8, 4, 4), strict=True):
+    rest |= {"PART": 1024, "PARTS": 4, "CHUNK": 512, "PDL": True, "LONE": 8}
+    two = rest | {"BINS": max(bins, 16), "ROWS": 4096 // max(bins, 16)}  # as launched
+    kernels = (align_kernels._align_kernel, rest, 8), (align_kernels._count_kernel, two, 4)
+    for kernel, constants, warps in (*kernels, (align_kernels._scatter_kernel, two, 4)):
         # a few registers at 1024 experts with Triton 3.9
-        assert compiled(kernel, rest, warps, 3, {}).stack <= (8 if bins == 1024 else 0)
+        assert compiled(kernel, constants, warps, 3, {}).stack <= (8 if bins == 1024 else 0)
 
 
 @pytest.mark.parametrize("kernel", ["topk_sum_kernel", "topk_sum_local_kernel"])
 def test_the_sum_spills_nothing_and_leaves_room_for_many_programs(kernel):
-    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "PDL": True}
+    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "LONE": True, "PDL": True}
     local = kernel == "topk_sum_local_kernel"
     constants |= {"BLOCK_H": 512} if local else {}
     code = compiled(getattr(fused_moe_kernels, kernel), constants, 1 if local else 4, 3, {})
@@ -210,6 +214,29 @@ def test_quarters_of_tiles_leave_room_for_two_programs_an_sm_and_end_after_the_k
         code = _gemm(kernel, Plan(tiles, tiles), replace(tiles, block_n=tiles.block_n // parts), parts)
         assert code.stack == 0 and code.registers <= 255 and code.has("wgmma.mma_async")
         assert code.ptx.rindex("griddepcontrol.wait") > code.ptx.rindex("wgmma.mma_async")
+
+
+LONE_TILES = {
+    "flat": Tiles(128, 256, 64, 8, 4, flat=True),
+    "flat-64": Tiles(64, 128, 64, 4, 4, flat=True),
+    "special": Tiles(128, 256, 64, 4, 4, special=True),
+    "plain": Tiles(128, 256, 64, 8, 3),
+    "swap": Tiles(64, 128, 64, 4, 4, swap=True),
+    "rest": Tiles(64, 128, 64, 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", LONE_TILES)
+def test_rows_for_the_result_cost_no_second_store_and_no_spill(name):
+    tiles = LONE_TILES[name]
+    rest = fused_moe_rest_kernels.down_rest_kernel if name == "rest" else fused_moe_many_kernels.down_many_kernel
+    without, code = (_gemm(rest, Plan(tiles, tiles), tiles, 1, LONE=top_k) for top_k in (0, 8))
+    stores = [c.ptx.count("st.global.v4") for c in (without, code)]
+    assert stores[0] == stores[1] > 0 and "st.global.b16" not in code.ptx
+    assert code.stack == 0
+    if tiles.flat:  # what a loop over all tiles carries is an element a thread
+        loops = [line for line in code.ttgir.splitlines() if "scf.for" in line and "iter_args" in line]
+        assert loops and not any("xi32, #ttg.slice" in loop for loop in loops)
 
 
 def test_many_rows_wait_for_align_before_others_may_start():
