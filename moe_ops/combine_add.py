@@ -20,6 +20,7 @@ from .combine import _check as _check_combine
 from .combine import _empty_output
 from .comm_launch import choose_launch, is_aligned, routed_ids, rows_of
 from .errors import ArgumentError, ShapeError
+from .pdl import chain_link
 from .registration import register_op
 from .shapes import check_dtype, check_same_device
 from .symmetric import Channel
@@ -160,8 +161,11 @@ def launch_combine_add(
     epilogue: Epilogue,
     out_dtype: torch.dtype | None = None,
     experts_per_rank: int = 0,
+    behind_experts: bool = False,
 ) -> Tensor:
     """The kernel over symmetric memory: one launch, one barrier. ``source``: expert output (M, H), or its pairs.
+
+    ``behind_experts``: the launch before it on this stream is the last one of the experts, so that it may start early.
 
     ``experts_per_rank``: not 0 promises that expert ``e`` lies on rank ``e // experts_per_rank``; pairs then come only
     from ranks that have some. The bits are the same.
@@ -208,6 +212,7 @@ def launch_combine_add(
         MULTICAST=channel.multicast,
         ROUTED=routed_ids(channel, top_k, experts_per_rank),
         num_warps=warps,  # pyright: ignore[reportCallIssue]
+        **chain_link(behind_experts, out.device),
     )
     return out
 

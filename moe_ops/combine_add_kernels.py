@@ -163,7 +163,7 @@ def _combine_add_kernel(
     row_limit, max_tokens, num_rows,
     W: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr,
     NORM: tl.constexpr, ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, MULTICAST: tl.constexpr,
-    ROUTED: tl.constexpr,
+    ROUTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``combine_kernels._combine_kernel`` with joined ends. Grid and units are the same: G programs.
 
@@ -188,6 +188,8 @@ def _combine_add_kernel(
     bases = _sources(peers, slot, W, MULTICAST)
     most = tl.minimum(slots.rows, max_tokens)
     t, valid, offset, call = live_rows(peers, call, _OP, counts, row_limit, most)
+    if PDL:  # the experts' last kernel still ran: all above is older than the first one, which started behind dispatch
+        tl.extra.cuda.gdc_wait()
     for unit in tl.range(first_unit(valid * 0), valid * segments, tl.num_programs(0)):
         row, octet = (unit // segments).to(tl.int64), (unit % segments) * N + lanes
         for half in tl.static_range(HALVES):

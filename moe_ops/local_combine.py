@@ -7,18 +7,21 @@ from torch import Tensor
 
 from .combine_add import Epilogue, Pairs, all_aligned, kernel_norm, whole_rows
 from .comm_launch import is_aligned, rows_of
+from .pdl import chain_link
 
 _OCTETS = 128  # of a row in one program: 1024 elements, an access of 16 bytes a thread
 
 
 def launch_local_combine(
-    source: Tensor | Pairs, local_tokens: Tensor, num_rows: int, epilogue: Epilogue, out_dtype: torch.dtype | None
-) -> Tensor:
+    source: Tensor | Pairs, local_tokens: Tensor, num_rows: int, epilogue: Epilogue, out_dtype: torch.dtype | None,
+    behind_experts: bool = False,
+) -> Tensor:  # fmt: skip
     """``(num_rows, H)``: the live rows of ``source``, rounded, scaled, plus the addends; dead rows count as zeros.
 
     With a norm ``(2, num_rows, H)``, as ``rsv_combine_add``.
 
     ``source``: expert output (M, H) with M >= num_rows, or its pairs (M * K, H).
+    ``behind_experts``: see ``combine_add.launch_combine_add``.
     """
     from .combine_add_kernels import Routing
     from .local_combine_kernels import _local_combine_kernel
@@ -50,5 +53,6 @@ def launch_local_combine(
         ALIGNED_IN=is_aligned(rows),
         ALIGNED_OUT=all_aligned(flat, epilogue),
         num_warps=warps,  # pyright: ignore[reportCallIssue]
+        **chain_link(behind_experts, out.device),
     )
     return out

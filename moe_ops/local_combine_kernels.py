@@ -12,7 +12,7 @@ from .combine_kernels import _floats
 def _local_combine_kernel(
     source, routing, out, addends, scale, norm, local_tokens_ptr, num_rows,
     N: tl.constexpr, TOP_K: tl.constexpr, ADDENDS: tl.constexpr, ROUND_EACH: tl.constexpr, NORM: tl.constexpr,
-    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr,
+    ALIGNED_IN: tl.constexpr, ALIGNED_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``combine_add_kernels._combine_add_kernel`` for W = 1. Grid: rows x blocks of N octets, one with NORM.
 
@@ -27,6 +27,8 @@ def _local_combine_kernel(
     inside = octet < (source.length + 7) // 8
     loaded = _load_addends(addends, row, octet, inside, ADDENDS, ALIGNED_OUT)
     weight = _load_addends((norm.weight,), row * 0, octet, inside, 1 if NORM else 0, ALIGNED_OUT)
+    if PDL:  # the experts' last kernel still ran: all above is older than the first one
+        tl.extra.cuda.gdc_wait()
     values = ()
     for half in tl.static_range(HALVES):
         chunk = octet * HALVES + half

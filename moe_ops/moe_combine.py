@@ -73,10 +73,11 @@ def _run(
         before_combine()
     if not isinstance(experts_output, Pairs):
         return combine_and_add(_OP, ws, experts_output, local_tokens, metadata, num_rows, epilogue, dtype)
+    behind_experts = before_combine is None and topk_ids.numel() > 0
     if ws.channel is None:
-        return launch_local_combine(experts_output, local_tokens, num_rows, epilogue, dtype)
+        return launch_local_combine(experts_output, local_tokens, num_rows, epilogue, dtype, behind_experts)
     return launch_combine_add(
-        ws.channel, experts_output, local_tokens, metadata, num_rows, epilogue, dtype, experts_per_rank
+        ws.channel, experts_output, local_tokens, metadata, num_rows, epilogue, dtype, experts_per_rank, behind_experts
     )
 
 

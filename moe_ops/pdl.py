@@ -3,7 +3,8 @@
 Rules that keep it safe, for a chain of our own launches:
 the first of a chain is launched the ordinary way (what runs before is not ours, so it must have ended);
 every later one waits (``gdc_wait``) in every program, before it touches what the chain wrote and before
-its own writes; so the end of a kernel implies the end of all before it. One that shares the work of the kernel before
+its own writes; so the end of a kernel implies the end of all before it. What was there before the first one may be
+read ahead of the wait. One that shares the work of the kernel before
 it, and neither reads nor overwrites what that one writes, may wait at its end instead, if that one lets it start only
 after its own wait (``fused_moe_rest_kernels``).
 """

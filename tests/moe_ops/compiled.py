@@ -60,7 +60,8 @@ KERNELS = {
 class Variant(NamedTuple):
     """One compiled kernel. ``aligned``: all rows are whole 16-byte chunks; ``alone``: with both barriers.
 
-    ``norm``: of ``combine_add``, which sums pairs and adds one tensor.
+    ``norm`` and ``behind`` (it starts while the experts' last kernel runs): of ``combine_add``, which sums pairs and
+    adds one tensor.
     """
 
     kernel: str
@@ -74,6 +75,7 @@ class Variant(NamedTuple):
     alone: bool = False
     routed: bool = False
     norm: int = 0
+    behind: bool = False
 
 
 def _rows(kind: str) -> Rows:
@@ -126,6 +128,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
     values |= {"ALIGNED_IN": variant.aligned, "ALIGNED_OUT": variant.aligned}
     if variant.kernel == "combine_add":
         values |= {"TOP_K": 8, "ADDENDS": 1, "ROUND_EACH": False, "NORM": variant.norm, "ROUTED": 8 * variant.routed}
+        values["PDL"] = variant.behind
     if variant.kernel == "dispatch":
         values |= {"R": 32 * variant.warps, "ALIGNED_ROUTING": variant.aligned}
     return values

@@ -45,12 +45,15 @@ JOINED += [
     for arch in ARCHS
 ]
 JOINED += [Variant("combine_add", aligned=False, warps=4, norm=2), Variant("combine_add", routed=True, norm=2)]
+JOINED += [Variant("combine_add", norm=kind, behind=True) for kind in (0, 1)]
 BUFFERS += [Variant(kernel, routed=True, arch=arch) for kernel in ("dispatch_into", "combine_from") for arch in ARCHS]
 NO_SPILLS = [Variant("metadata", arch=arch) for arch in ARCHS] + DATA + BUFFERS + JOINED
 
 
 def name_of(variant: Variant) -> str:
-    joined = f"-w{variant.world}-{variant.chunks}-norm{variant.norm}" if variant.kernel == "combine_add" else ""
+    joined = ""
+    if variant.kernel == "combine_add":
+        joined = f"-w{variant.world}-{variant.chunks}-norm{variant.norm}" + "-behind" * variant.behind
     return f"{expected_file(variant).stem}-{'aligned' if variant.aligned else 'ragged'}{joined}-sm{variant.arch}"
 
 
@@ -218,6 +221,14 @@ def test_all_peers_are_loaded_before_the_first_addition(kernel: str, copies: int
     loads = [i for i, line in enumerate(code) if "LDG.E.128" in line]
     assert len(loads) == world + copies  # copies into the own slot
     assert max(loads) < first
+
+
+def test_a_combine_behind_experts_waits_for_them_before_it_reads_their_pairs():
+    """Counts, epoch, addresses and poison are older than the experts; ids and pairs come behind the wait."""
+    text, plain = (compile_kernel(Variant("combine_add", behind=behind))["ptx"] for behind in (True, False))
+    assert text.count("griddepcontrol.wait") == 1 and "griddepcontrol" not in plain
+    before = text[: text.index("griddepcontrol.wait")]
+    assert before.count("ld.global") >= 5 and "ld.global.v4" not in before and "st.global.v4" not in before
 
 
 def test_a_norm_adds_one_reduction_of_the_block():
