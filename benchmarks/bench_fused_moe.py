@@ -15,24 +15,20 @@ import csv
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import peers
 import torch
+from moe_steps import MAX_ERROR, print_steps
 from shapes import SHAPES, TOKENS, LayerShape, peer_fraction
 from torch import Tensor
 
-from moe_ops.align import launch_align
 from moe_ops.fused_moe_config import Plan, Shape, choose_plan
 from moe_ops.fused_moe_tune import GraphTimer, Tuner, save_plan, tuned_already
 from moe_ops.moe_reference import fused_moe_reference
-from moe_ops.pdl import chain_link
 
-MAX_ERROR = 4e-3  # bf16 against fp64
 SLACK_US = 10.0  # the aim where the floor is short
-STEP_CALLS = 21  # with inputs of their own, of which `--steps` makes one graph
 
 
 @dataclass
@@ -112,51 +108,6 @@ def measure(layer: LayerShape, tokens: int, timer: GraphTimer, args: argparse.Na
     if args.profile:
         profile(lambda: tuner.call(None), timer)
     return point
-
-
-def step_line(name: str, calls: list[Callable[[], object]], timer: GraphTimer, repeats: int) -> str:
-    """Time of the first call as a graph of its own, and of one more call in a graph of all of them.
-
-    The calls' inputs and outputs must differ, so that each reads cold memory and none waits to overwrite.
-    """
-    alone = timer.median_us(calls[0], repeats)
-    # the list keeps every call's outputs: memory of one would serve the next
-    together = timer.median_us(lambda: [call() for call in calls], repeats)
-    return f"{name:42} {alone:8.1f} {(together - alone) / (len(calls) - 1):8.1f}"
-
-
-def align_calls(rows: int, top_k: int, experts: int) -> list[Callable[[], object]]:
-    device = torch.device("cuda")
-    live = [torch.tensor([rows], dtype=torch.int32, device=device) for _ in range(STEP_CALLS)]
-    ids = [torch.rand(rows, experts, device=device).topk(top_k, dim=-1).indices for _ in range(STEP_CALLS)]
-    return [partial(launch_align, i, n, 64, experts, 0) for i, n in zip(ids, live, strict=True)]
-
-
-def sum_calls(layer: LayerShape, tokens: int, timer: GraphTimer) -> list[Callable[[], object]]:
-    """The layer's sums, each with dependent launch as after its second GEMM; pairs of remote experts are as others."""
-    from moe_ops.fused_moe_launch import sum_pairs
-
-    tuner, link = tuner_of(replace(layer, inner=64), tokens, timer), chain_link(True, torch.device("cuda"))
-    sets = []
-    for _ in range(STEP_CALLS):
-        pairs, out = tuner.hidden.repeat_interleave(layer.top_k, 0), torch.empty_like(tuner.hidden)
-        sets.append((pairs, tuner.ids.clone(), tuner.weights.clone(), tuner.live.clone(), out))
-    return [partial(sum_pairs, *tensors, 0, layer.local_experts, link) for tensors in sets]
-
-
-def steps(timer: GraphTimer, repeats: int) -> None:
-    """Print the time of ``align_block_size`` and of the top-k sum, two figures each (see the printed legend)."""
-    print(f"us of a call: as a graph of its own, in which the empty graph is; as one more of {STEP_CALLS} in a graph")
-    for rows, top_k, experts in ((8, 8, 128), (64, 8, 128), (512, 8, 16), (512, 8, 128), (512, 8, 256), (8192, 8, 128)):
-        name = f"align  M*K {rows * top_k}  E_l {experts}"
-        print(step_line(name, align_calls(rows, top_k, experts), timer, repeats), flush=True)
-    for shape, tokens in (
-        ("qwen3-30b", 16), ("qwen3-30b", 256), ("qwen3-30b", 8192), ("qwen3-30b-ep8", 2048), ("qwen3-30b-ep8", 8192),
-    ):  # fmt: skip
-        layer = SHAPES[shape]
-        name = f"top-k sum  {shape}  {tokens} tokens"
-        print(step_line(name, sum_calls(layer, tokens, timer), timer, repeats), flush=True)
-        torch.cuda.empty_cache()
 
 
 def profile(call: Callable[[], object], timer: GraphTimer, rounds: int = 5) -> None:
@@ -255,7 +206,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--invariant", action="store_true", help="time the batch-invariant mode, too")
     parser.add_argument("--profile", action="store_true", help="print each kernel's own time")
     parser.add_argument("--clean", action="store_true", help="leave no written lines in L2 (see GraphTimer)")
-    parser.add_argument("--steps", action="store_true", help="time align and the top-k sum alone, nothing else")
+    parser.add_argument("--steps", action="store_true", help="check and time align and the top-k sum, nothing else")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tune", type=Path, metavar="TABLE", help="search plans and write them to this table")
@@ -270,7 +221,7 @@ def main() -> None:
     print(f"an empty graph takes {timer.empty_us():.1f} us", flush=True)
     wanted = [(SHAPES[s], int(t)) for s in args.shapes.split(",") for t in args.tokens.split(",")]
     if args.steps:
-        steps(timer, args.repeats)
+        print_steps(timer, args.repeats)
         return
     if args.tune:
         args.repeats = min(args.repeats, 8)  # a search needs fewer samples than a table of results

@@ -1,0 +1,93 @@
+"""``bench_fused_moe.py``: what is wrong is not timed."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from moe_ops.align import align_block_size
+from moe_ops.topk_sum import topk_sum_reference
+from tests.moe_ops.interpreted import run_checks
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+class Counter:
+    """In place of a ``GraphTimer``."""
+
+    def __init__(self):
+        self.timed = 0
+
+    def median_us(self, call, repeats: int) -> float:
+        call()
+        self.timed += 1
+        return float(self.timed)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("moe_steps")
+
+
+def aligned(steps: ModuleType, spoil) -> object:
+    """A step of align whose three results ``spoil`` may change."""
+    ids, live = torch.tensor([[0, 2], [2, 1], [2, 0]]), torch.tensor([3], dtype=torch.int32)
+
+    def call():
+        results = align_block_size(ids, live, steps.BLOCK, 3, 0)
+        spoil(*results)
+        return results
+
+    return steps.Step(call, partial(steps.check_align, call, ids, live, 3))
+
+
+def summed(steps: ModuleType, spoil) -> object:
+    """A step of the sum, two of three experts local, whose result ``spoil`` may change."""
+    ids, live = torch.tensor([[0, 2], [2, 1], [1, 0]]), torch.tensor([3], dtype=torch.int32)
+    inputs = torch.randn(6, 32, dtype=torch.bfloat16), ids, torch.rand(3, 2), live
+    out = torch.empty(3, 32, dtype=torch.bfloat16)
+
+    def call():
+        out.copy_(topk_sum_reference(*inputs, 0, 2))
+        spoil(out)
+
+    return steps.Step(call, partial(steps.check_sum, call, inputs, out, 2))
+
+
+def nothing(*results: torch.Tensor) -> None:
+    """Leaves results as they are."""
+
+
+def test_right_steps_are_timed_alone_and_together(steps):
+    for make in (aligned, summed):
+        timer = Counter()
+        line = steps.step_line("a step", [make(steps, nothing), make(steps, nothing)], timer, 1)
+        assert line.split() == ["a", "step", "1.0", "1.0"] and timer.timed == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "spoil", "message"),
+    [
+        (aligned, lambda sorted_ids, experts, total: sorted_ids[:2].copy_(sorted_ids[:2].flip(0)), "sorted_token_ids"),
+        (aligned, lambda sorted_ids, experts, total: sorted_ids[-1:].zero_(), "sorted_token_ids"),
+        (aligned, lambda sorted_ids, experts, total: experts[-1:].zero_(), "expert_ids"),
+        (aligned, lambda sorted_ids, experts, total: total.add_(1), "num_tokens_post_padded"),
+        (summed, lambda out: out[1].mul_(1.05), "relative error"),
+        (summed, lambda out: out[2, 31].fill_(float("nan")), "relative error"),
+    ],
+)
+def test_a_wrong_step_is_not_timed_even_if_it_is_the_last(steps, make, spoil, message):
+    timer = Counter()
+    with pytest.raises(AssertionError, match=f"{message}.*not timed"):
+        steps.step_line("a step", [make(steps, nothing), make(steps, spoil)], timer, 1)
+    assert timer.timed == 0
+
+
+def test_kernels_in_the_interpreter():
+    run_checks("bench_step_checks.py", interpret=True)
