@@ -46,6 +46,8 @@ class Plan:
     the first ones of each of its columns.
     ``slots`` (few rows): programs for each tile, about as many as there are local pairs; more pairs are looped over.
     0: one for each pair of a chunk, or for each expert where these are fewer.
+    ``tail`` (many rows, neither ``flat`` nor ``special``, ``programs`` 1): columns past the last whole tile, if at most
+    half a tile, are tiles of their own width.
     ``lone`` (many rows): the second GEMM writes rows with one local pair to the result where it can.
     """
 
@@ -59,6 +61,7 @@ class Plan:
     pdl: bool = True
     prefetch: int = 0
     slots: int = 0
+    tail: bool = True
     lone: bool = True
 
     @staticmethod

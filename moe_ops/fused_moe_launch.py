@@ -166,6 +166,13 @@ def _quarters(plan: Plan) -> Plan:
     return replace(plan, gate_up=gate_up, down=down)
 
 
+def _tail(plan: Plan, tiles: Tiles, width: int) -> int:
+    """Columns of a tile for those past the last whole one: 0 where the last tile is as the others."""
+    past = width % tiles.block_n
+    apart = plan.tail and plan.programs == 1 and not tiles.flat and not tiles.special and width > tiles.block_n
+    return max(triton.next_power_of_2(past), 16) if apart and 0 < past <= tiles.block_n // 2 else 0
+
+
 def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: bool) -> None:
     plan = replace(plan, gate_up=_power_of_two_rows(plan.gate_up), down=_power_of_two_rows(plan.down))
     ids, inner, experts, block = problem.topk_ids, problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
@@ -195,13 +202,15 @@ def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act
         inner, form.alpha or 0.0, form.limit or 0.0,
     )  # fmt: skip
     weights, args = _gate_up(problem, plan)
+    tail = _tail(plan, plan.gate_up, inner)
+    last = _gate_up(problem, replace(plan, gate_up=replace(plan.gate_up, block_n=tail)))[0] if tail else weights
+    link |= {"GROUP": plan.group, "TAIL": tail}
     gate_up_many_kernel[(programs,)](
-        hidden, *aligned, weights, *rest,
-        FLAT=plan.gate_up.flat, WHOLE=plan.rest, GROUP=plan.group, **link, **args,
-    )  # fmt: skip
+        hidden, *aligned, weights, last, *rest, FLAT=plan.gate_up.flat, WHOLE=plan.rest, **link, **args
+    )
     if plan.rest:
         weights, args = _gate_up(problem, _quarters(plan))
-        gate_up_rest_kernel[(2 * sms,)](hidden, *aligned, weights, *rest, programs, GROUP=plan.group, **link, **args)
+        gate_up_rest_kernel[(2 * sms,)](hidden, *aligned, weights, *rest, programs, **link, **args)
 
 
 def _down_many(
@@ -220,9 +229,11 @@ def _down_many(
     rows = TensorDescriptor.from_tensor(act, [block, plan.down.block_k]) if box_rows and not special else act
     programs = min(positions // block * triton.cdiv(width, plan.down.block_n), sms * plan.programs)
     (_, top_k), count, stride = problem.topk_ids.shape, problem.topk_ids.numel(), problem.out.stride(0)
-    link |= {"LONE": 0 if lone is None else top_k, "GROUP": plan.group}
+    tail = _tail(plan, plan.down, width)
+    last = _down(problem, replace(plan, down=replace(plan.down, block_n=tail)))[0] if tail else weights
+    link |= {"LONE": 0 if lone is None else top_k, "GROUP": plan.group, "TAIL": tail}
     down_many_kernel[(programs,)](
-        rows, *aligned, weights, bias, *out, count, positions, width, inner, stride,
+        rows, *aligned, weights, last, bias, *out, count, positions, width, inner, stride,
         BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, WHOLE=plan.rest, **link, **args,
     )  # fmt: skip
     if plan.rest:

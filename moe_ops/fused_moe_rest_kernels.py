@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
 from .fused_moe_lone_kernels import store_pairs
-from .fused_moe_many_kernels import quarter, whole_rounds
+from .fused_moe_many_kernels import quarter, tiles_of, whole_rounds
 
 
 @triton.jit
@@ -22,12 +22,12 @@ def gate_up_rest_kernel(
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Quarters of the tiles that ``gate_up_many_kernel`` with ``programs`` programs leaves. Grid: any."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tl.cdiv(inner, 2 * BLOCK_N)
+    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tiles_of(inner, 2 * BLOCK_N, TAIL)
     whole = whole_rounds(num_blocks * num_tiles, programs)
     for index in range(tl.program_id(0), 4 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
         block, half, tile = quarter(index, whole, num_blocks, num_tiles, GROUP)
@@ -49,12 +49,12 @@ def down_rest_kernel(
     num_pairs, hidden, inner, out_stride, programs,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, LONE: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Quarters of the tiles that ``down_many_kernel`` with ``programs`` programs leaves. Grid: any."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tl.cdiv(hidden, 2 * BLOCK_N)
+    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tiles_of(hidden, 2 * BLOCK_N, TAIL)
     whole = whole_rounds(num_blocks * num_tiles, programs)
     for index in range(tl.program_id(0), 4 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
         block, half, tile = quarter(index, whole, num_blocks, num_tiles, GROUP)

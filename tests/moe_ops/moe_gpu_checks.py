@@ -61,11 +61,14 @@ def _check_rows(out: Tensor, layer: list[Tensor], rows: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "plan"), [(1, None), (16, None), (64, None), (512, None), (512, "many-rest"), (512, "many-wide")]
+    ("tokens", "plan", "local"),
+    [(1, None, 16), (16, None, 16), (64, None, 16), (512, None, 16), (512, "many-rest", 16), (512, "many-wide", 16)]
+    + [(1200, plan, 4) for plan in ("many-rest", "many-flat")],  # rows with one local pair of four
 )
-def test_a_thousand_replays_with_other_live_counts(tokens, plan):
+def test_a_thousand_replays_with_other_live_counts(tokens, plan, local):
     """Row r of every replay has the bits that it has in an eager call with all rows live."""
     layer = _layer(tokens, 4, 16, 512, 256)
+    layer[3:] = [weight[:local] for weight in layer[3:]]
     chosen = PLANS[plan] if plan else default_plan(Shape(16, 4, 512, 256, tokens))
     live = _live(tokens)
     wanted = launch_fused_moe(*layer, live, 0, plan=chosen)

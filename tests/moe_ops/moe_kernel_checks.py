@@ -10,12 +10,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from moe_ops import fused_moe_launch
 from moe_ops.align import align_block_size, launch_align
 from moe_ops.fused_moe import launch_fused_moe
 from moe_ops.fused_moe_config import Plan, Tiles
 from moe_ops.fused_moe_launch import sum_pairs
+from moe_ops.fused_moe_many_kernels import tail_block
 from moe_ops.topk_sum import topk_sum_reference
 from tests.moe_ops.moe_cases import FORMS, Case, build, check
 
@@ -120,6 +123,55 @@ def test_batch_invariance_holds_across_plans(rows):
     rest[2] = torch.tensor([rows], dtype=torch.int32, device=hidden.device)
     part = run(hidden[-rows:], ids[-rows:], weights[-rows:], *rest, batch_invariant=True)
     assert torch.equal(part, whole[-rows:])
+
+
+T128 = replace(T64, block_m=128)
+TAILS = {"tail": Plan(T64, T64), "tail-rest": Plan(T128, T128, rest=True), "tail-pointers": Plan(T64, T64, tma=False)}
+
+
+@pytest.mark.parametrize("form", ["swiglu", "gpt-oss", "privacy-filter", "nemotron"])
+@pytest.mark.parametrize("plan", TAILS)
+def test_tail_columns_apart(plan, form):
+    """Both GEMMs have columns past their last whole tile, and more blocks than programs; not a bit changes.
+
+    But numpy, for the interpreter, adds in an order that depends on the tile's size.
+    """
+    case = replace(SLICE, rows=300, top_k=2, experts=12, hidden=72)
+    assert [fused_moe_launch._tail(TAILS[plan], T64, size) for size in (case.hidden, case.inner)] == [16, 16]
+    got = check(run, case, FORMS[form], DTYPE, DEVICE, plan=TAILS[plan])
+    arguments, options = build(case, FORMS[form], DTYPE, DEVICE)
+    wanted = run(*arguments, plan=replace(TAILS[plan], tail=False), **options)
+    assert torch.equal(got[: case.live], wanted[: case.live]) or (TAILS[plan].rest and not ON_GPU)
+
+
+@triton.jit
+def _tail_blocks(out_ptr, tiles, num_blocks):
+    for index in range(tl.program_id(0), tl.num_programs(0) * tiles, tl.num_programs(0)):
+        tl.store(out_ptr + index, tail_block(index, tiles, num_blocks))
+
+
+def test_which_blocks_tails_come_when():
+    out = torch.full((12,), 7, dtype=torch.int32, device=DEVICE)
+    _tail_blocks[(4,)](out, 2, 4)
+    assert out.tolist() == [0, 1, 4, 4, 4, 4, 2, 3, 7, 7, 7, 7]
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 11])
+@pytest.mark.parametrize("blocks", [1, 5, 24, 61])
+def test_every_blocks_tail_comes_once(tiles, blocks):
+    programs = 4
+    out = torch.full((programs * -(-blocks * tiles // programs),), blocks, dtype=torch.int32, device=DEVICE)
+    whole = out.numel() // programs
+    _tail_rounds[(programs,)](out, tiles, blocks, whole)
+    seen = out[out < blocks].sort().values
+    assert seen.tolist() == list(range(blocks))
+
+
+@triton.jit
+def _tail_rounds(out_ptr, tiles, num_blocks, rounds):
+    for turn in range(0, rounds):
+        index = turn * tl.num_programs(0) + tl.program_id(0)
+        tl.store(out_ptr + index, tl.minimum(tail_block(index, tiles, num_blocks), num_blocks))
 
 
 def _slice(plan: Plan, change: dict) -> tuple[tuple, torch.Tensor, torch.Tensor]:
