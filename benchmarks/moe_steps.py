@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moe_ops.align import launch_align
 from moe_ops.fused_moe_config import Shape
-from moe_ops.fused_moe_tune import GraphTimer, random_layer
+from moe_ops.fused_moe_tune import random_layer
+from moe_ops.graph_timer import GraphTimer
 from moe_ops.moe_reference import align_reference
 from moe_ops.pdl import chain_link
 from moe_ops.topk_sum import topk_sum_reference
