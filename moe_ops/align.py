@@ -86,7 +86,7 @@ def align_with_lone(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:  # fmt: skip
     """``align_blocks`` of contiguous (M, K), more than ``align_kernels.ONE_LAUNCH_PAIRS``, and which pairs are lone.
 
-    The latter is (S,) int32, set where ``sorted_token_ids`` names a pair: ``fused_moe_kernels.lone_weight``.
+    The latter is (S,) int32, set where ``sorted_token_ids`` names a pair: ``fused_moe_lone_kernels.lone_weight``.
     """
     from .align_kernels import launch
 

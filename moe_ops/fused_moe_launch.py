@@ -18,17 +18,15 @@ from .align import align_with_lone, launch_align
 from .align_kernels import ONE_LAUNCH_PAIRS
 from .fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan
 from .fused_moe_few_kernels import down_few_kernel, gate_up_few_kernel
-from .fused_moe_kernels import topk_sum_kernel, topk_sum_local_kernel
 from .fused_moe_many_kernels import down_many_kernel, gate_up_many_kernel
 from .fused_moe_rest_kernels import down_rest_kernel, gate_up_rest_kernel
 from .pdl import chain_link, chain_start
+from .topk_sum_launch import SUM_ROWS, SUM_SLOTS, device_of, sum_pairs
 
 if TYPE_CHECKING:
     from .fused_moe import ExpertForm
 
 _TMA_ALIGN = 16  # bytes that every stride of a bulk-copied tensor is a multiple of
-_SUM_ROWS, _SUM_SLOTS = 512, 16  # rows from which the sum looks for local slots first; ids that it looks at together
-_HOST_PROGRAMS = 4  # stands for the number of SMs where the kernels run in Triton's interpreter
 
 
 class Problem(NamedTuple):
@@ -45,6 +43,7 @@ class Problem(NamedTuple):
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     out: Tensor
+    behind_dispatch: bool = False  # the launch before this one is a dispatch that lets the first one start early
 
     @property
     def inner(self) -> int:
@@ -54,16 +53,6 @@ class Problem(NamedTuple):
         rows = self.hidden.shape[0]
         tokens = min(rows, tokens_hint) if tokens_hint else rows
         return Shape(self.gate_up.shape[0], self.topk_ids.shape[1], self.hidden.shape[1], self.inner, tokens)
-
-
-def _device_of(tensor: Tensor) -> tuple[str, int]:
-    """Name and number of SMs."""
-    if tensor.device.type != "cuda":
-        return "interpreter", _HOST_PROGRAMS
-    # any runtime call makes the device's context current, which a new thread lacks and descriptors need
-    torch.cuda.is_current_stream_capturing()
-    properties = torch.cuda.get_device_properties(tensor.device)
-    return properties.name, properties.multi_processor_count
 
 
 def _or(bias: Tensor | None, stand_in: Tensor) -> Tensor:
@@ -130,7 +119,7 @@ def _gate_up_few(problem: Problem, plan: Plan) -> Tensor:
         hidden, ids, problem.valid_tokens, weights, _or(problem.gate_up_bias, problem.gate_up), act,
         rows, hidden.stride(0), problem.expert_start, problem.gate_up.shape[0], width, inner,
         form.alpha or 0.0, form.limit or 0.0,
-        **routing, **args, **chain_start(plan.pdl, hidden.device),
+        **routing, **args, **chain_start(plan.pdl, hidden.device, problem.behind_dispatch),
     )  # fmt: skip
     return act
 
@@ -245,29 +234,6 @@ def _down_many(
         )
 
 
-def sum_pairs(
-    pairs: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor, out: Tensor, expert_start: int, experts: int,
-    link: dict[str, Any], many: bool | None = None, lone: bool = False,
-) -> None:  # fmt: skip
-    """``out (M, H)``: each live row's K ``pairs (M * K, H)`` of local experts times their weights, summed.
-
-    ``many``: the form that reads no remote slot's pair, by default from ``_SUM_ROWS`` rows up. Equal bits.
-    ``lone``: rows with one local slot are there already, see ``_takes_lone``.
-    """
-    (rows, width), top_k = out.shape, ids.shape[1]
-    many = rows >= _SUM_ROWS if many is None else many
-    block = 512 if many else 1024 if width >= 1024 else 256
-    tiles = triton.cdiv(width, block)
-    grid = min(rows, max((32 if many else 16) * _device_of(out)[1] // tiles, 1)), tiles
-    arguments = pairs, ids, weights, valid_tokens, out, out.stride(0), rows, width, expert_start, experts
-    if many:  # one warp a program: nothing but the loop's own loads to wait for, and 32 programs fit into an SM
-        slots = min(triton.next_power_of_2(top_k), _SUM_SLOTS)
-        options = {"TOP_K": top_k, "BLOCK_H": block, "SLOTS": slots, "LONE": lone, "num_warps": 1}
-        topk_sum_local_kernel[grid](*arguments, **options, **link)
-    else:
-        topk_sum_kernel[grid](*arguments, TOP_K=top_k, BLOCK_H=block, num_warps=4, **link)
-
-
 def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: Plan | None = None) -> None:
     """Fill ``problem.out``: three launches for few rows, four for many."""
     if problem.topk_ids.numel() == 0 or problem.hidden.shape[1] == 0:
@@ -284,7 +250,7 @@ def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: 
 def _takes_lone(problem: Problem, plan: Plan) -> bool:
     """Whether the second GEMM writes the rows of ``out`` with one local pair, and the sum the others only."""
     (rows, top_k), out, many = problem.topk_ids.shape, problem.out, not plan.pairs and plan.lone
-    told = many and rows * top_k > ONE_LAUNCH_PAIRS and rows >= _SUM_ROWS and top_k <= _SUM_SLOTS
+    told = many and rows * top_k > ONE_LAUNCH_PAIRS and rows >= SUM_ROWS and top_k <= SUM_SLOTS
     places = out.data_ptr(), out.stride(0) * out.element_size(), out.shape[1] * out.element_size()
     aligned = out.dtype == problem.hidden.dtype and all(place % _TMA_ALIGN == 0 for place in places)
     return told and aligned and not fused_moe_wide.suits(problem, plan)
@@ -305,7 +271,7 @@ def _prepare(
     dense = (problem.hidden, problem.topk_ids, problem.topk_weights)
     hidden, ids, weights = (t if t.stride(-1) == 1 else t.contiguous() for t in dense)
     problem = problem._replace(hidden=hidden, topk_ids=ids.contiguous(), topk_weights=weights.contiguous())
-    return problem, plan or choose_plan(problem.shape(tokens_hint), _device_of(hidden)[0], batch_invariant)
+    return problem, plan or choose_plan(problem.shape(tokens_hint), device_of(hidden)[0], batch_invariant)
 
 
 def _run_pairs(problem: Problem, plan: Plan, lone: bool = False) -> Tensor:
@@ -315,7 +281,7 @@ def _run_pairs(problem: Problem, plan: Plan, lone: bool = False) -> Tensor:
     if plan.pairs:
         _run_few(problem, plan, pairs)
     elif fused_moe_wide.suits(problem, plan):
-        fused_moe_wide.run_wide(problem, plan, pairs, _device_of(problem.hidden)[1])
+        fused_moe_wide.run_wide(problem, plan, pairs, device_of(problem.hidden)[1])
     else:
-        _run_many(problem, plan, pairs, _device_of(problem.hidden)[1], lone)
+        _run_many(problem, plan, pairs, device_of(problem.hidden)[1], lone)
     return pairs

@@ -78,7 +78,7 @@ def launch_topk_sum(
     out = pairs.new_empty(topk_ids.shape[0], pairs.shape[1], dtype=out_dtype or pairs.dtype)
     if not out.numel() or not topk_ids.numel():
         return out.zero_()
-    from .fused_moe_launch import sum_pairs
+    from .topk_sum_launch import sum_pairs
 
     arguments = pairs.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), valid_tokens, out
     sum_pairs(*arguments, local_expert_start, num_local_experts, {"PDL": False})

@@ -17,9 +17,9 @@ from moe_ops import fused_moe_launch
 from moe_ops.align import align_block_size, launch_align
 from moe_ops.fused_moe import launch_fused_moe
 from moe_ops.fused_moe_config import Plan, Tiles
-from moe_ops.fused_moe_launch import sum_pairs
 from moe_ops.fused_moe_many_kernels import tail_block
 from moe_ops.topk_sum import topk_sum_reference
+from moe_ops.topk_sum_launch import sum_pairs
 from tests.moe_ops.moe_cases import FORMS, Case, build, check
 
 ON_GPU = torch.cuda.is_available()

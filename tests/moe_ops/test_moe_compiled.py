@@ -18,10 +18,10 @@ from triton.compiler import ASTSource
 from moe_ops import (
     align_kernels,
     fused_moe_few_kernels,
-    fused_moe_kernels,
     fused_moe_many_kernels,
     fused_moe_rest_kernels,
     fused_moe_wide_kernels,
+    topk_sum_kernels,
 )  # fmt: skip
 from moe_ops.fused_moe_config import Plan, Shape, Tiles, default_plan, invariant_plan
 
@@ -188,7 +188,7 @@ def test_the_sum_spills_nothing_and_leaves_room_for_many_programs(kernel):
     constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "LONE": True, "PDL": True}
     local = kernel == "topk_sum_local_kernel"
     constants |= {"BLOCK_H": 512} if local else {}
-    code = compiled(getattr(fused_moe_kernels, kernel), constants, 1 if local else 4, 3, {})
+    code = compiled(getattr(topk_sum_kernels, kernel), constants, 1 if local else 4, 3, {})
     assert code.stack == 0 and code.has("ld.global.v4") and not code.has("bar.sync")
     assert code.registers <= (64 if local else 48)  # 32 programs of one warp an SM, ten of four
 
