@@ -165,9 +165,12 @@ def launch_fused_moe(
 def launch_fused_moe_pairs(
     hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, *, activation="silu",
     alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None,
-    tokens_hint=None, batch_invariant=False,
+    tokens_hint=None, batch_invariant=False, behind_dispatch=False,
 ):  # fmt: skip
-    """All but the last step, the sum over each row's K pairs: see ``fused_moe_launch.run_pairs``."""
+    """All but the last step, the sum over each row's K pairs: see ``fused_moe_launch.run_pairs``.
+
+    ``behind_dispatch``: see ``fused_moe_launch.Problem``.
+    """
     from .fused_moe_launch import Problem, run_pairs
 
     form = ExpertForm(activation, alpha, limit, gated, transposed, interleaved)
@@ -177,7 +180,7 @@ def launch_fused_moe_pairs(
     )  # fmt: skip
     problem = Problem(
         hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, form, gate_up_bias,
-        down_bias, hidden,
+        down_bias, hidden, behind_dispatch,
     )  # fmt: skip
     return run_pairs(problem, tokens_hint, batch_invariant)
 

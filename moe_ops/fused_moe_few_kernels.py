@@ -102,6 +102,8 @@ def gate_up_few_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(x[pair // K] @ gate_up[expert] + bias)``. Grid: (tiles of I, programs that share the slots)."""
+    if PDL == 2:  # dispatch still ran
+        tl.extra.cuda.gdc_wait()
     if PDL:  # the next kernel may start: it finds its routing, then waits for the end of this one
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)

@@ -50,9 +50,13 @@ def _run(
     metadata: Tensor, local_expert_start: int, num_rows: int, addends: Sequence[Tensor], group_name: str, *,
     scale: float = 1.0, round_each: bool = True, combine_dtype: torch.dtype | None = None,
     norm_weight: Tensor | None = None, norm_eps: float = 0.0, norm_shift: float = 0.0, norm_round_first: bool = True,
-    before_combine: Callable[[], object] | None = None, experts_per_rank: int = 0, **experts: Any,
+    before_combine: Callable[[], object] | None = None, experts_per_rank: int = 0, behind_dispatch: bool = False,
+    **experts: Any,
 ) -> Tensor:  # fmt: skip
-    """``before_combine`` is called when the addends must be there; ``experts_per_rank``: see ``launch_combine_add``."""
+    """``before_combine`` is called when the addends must be there; ``experts_per_rank``: see ``launch_combine_add``.
+
+    ``behind_dispatch``: the launch before this op on this stream is ``dispatch_into``.
+    """
     norm = Norm.of(norm_weight, norm_eps, norm_shift, norm_round_first)
     dtype, epilogue = combine_dtype or torch.bfloat16, Epilogue(addends, scale, round_each, norm)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -66,7 +70,8 @@ def _run(
         ws.check_call(_OP, rows=num_rows, hidden_size=hidden.shape[1], top_k=topk_ids.shape[1], device=hidden.device)
         ws.check()
     if one_kernel:
-        experts_output = Pairs(*launch_fused_moe_pairs(*arguments, **experts), local_expert_start, gate_up.shape[0])
+        pairs = launch_fused_moe_pairs(*arguments, **experts, behind_dispatch=behind_dispatch)
+        experts_output = Pairs(*pairs, local_expert_start, gate_up.shape[0])
     else:
         experts_output = fused_moe(*arguments, **experts)
     if before_combine is not None:

@@ -9,7 +9,8 @@ p2p and multicast the experts read it where the peers have put it: in the worksp
 "Buffers of callers"). ``entry_barrier=False`` leaves out the meeting before the peers write there; legal where, since
 the last op that used the layer batch, every rank has met all others, as it does in the combine that ends each of these
 ops. ``experts_per_rank``, if not 0, promises that expert ``e`` lies on rank ``e // experts_per_rank``: rows then travel
-only to and from ranks with an expert for them. A group of one rank gathers nothing at all.
+only to and from ranks with an expert for them. ``ask_ahead``: bytes of the experts' weights that dispatch asks L2 for while
+it waits, a hint (``dispatch_into.AskFor``). A group of one rank gathers nothing at all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import dispatch, moe_combine
 from .combine_add import NORM
-from .dispatch_into import dispatch_into
+from .dispatch_into import AskFor, dispatch_into
 from .errors import ShapeError
 from .reference import Batch
 from .registration import register_op
@@ -34,7 +35,7 @@ _OP, _OP_SHARED = "moe_layer", "moe_layer_shared"
 def _fake(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], group_name: str,
-    entry_barrier: bool = True, experts_per_rank: int = 0, **options: Any,
+    entry_barrier: bool = True, experts_per_rank: int = 0, ask_ahead: int = 0, **options: Any,
 ) -> Tensor:  # fmt: skip
     batch = dispatch._fake(hidden, topk_ids, topk_weights, local_tokens, metadata, max_tokens, group_name)
     return moe_combine._fake(
@@ -46,31 +47,35 @@ def _fake(
 def _run(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], group_name: str,
-    entry_barrier: bool = True, experts_per_rank: int = 0, **options: Any,
+    entry_barrier: bool = True, experts_per_rank: int = 0, ask_ahead: int = 0, **options: Any,
 ) -> Tensor:  # fmt: skip
-    ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank}
-    batch = _gather(
+    ask_for = AskFor(gate_up, local_expert_start, ask_ahead) if ask_ahead else None
+    ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank, "ask_for": ask_for}
+    batch, behind_dispatch = _gather(
         resolve(group_name, _OP), Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, max_tokens, **ways
     )
     return moe_combine._run(
         *batch, gate_up, down, local_tokens, metadata, local_expert_start, hidden.shape[0], addends, group_name,
-        experts_per_rank=experts_per_rank, **options,
+        experts_per_rank=experts_per_rank, behind_dispatch=behind_dispatch, **options,
     )  # fmt: skip
 
 
 def _gather(
     ws: Workspace, batch: Batch, local_tokens: Tensor, metadata: Tensor, max_tokens: int, **ways: Any
-) -> Batch:
-    """The batch for the experts of this op alone: read before the op ends, never returned."""
+) -> tuple[Batch, bool]:
+    """The batch for the experts of this op alone: read before the op ends, never returned.
+
+    And whether the stream's last launch is a dispatch behind which experts may start early.
+    """
     if ws.world_size == 1 and batch.hidden.is_cuda and max_tokens == batch.hidden.shape[0]:
         dispatch._check(*batch, local_tokens, metadata, max_tokens)
-        return batch
+        return batch, False
     if ws.channel is None or max_tokens > ws.layout.capacity:
-        return Batch(*dispatch._run(*batch, local_tokens, metadata, max_tokens, ws.group_name))
+        return Batch(*dispatch._run(*batch, local_tokens, metadata, max_tokens, ws.group_name)), False
     dispatch._check(*batch, local_tokens, metadata, max_tokens)
     gathered = ws.layer_batch(max_tokens, batch.topk_ids.dtype, batch.topk_weights.dtype)
     dispatch_into(ws, batch, local_tokens, metadata, gathered, **ways)
-    return gathered
+    return gathered, batch.hidden.is_cuda
 
 
 def _shared_expert(
@@ -113,20 +118,24 @@ def _run_shared(
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], shared_x: Tensor,
     shared_gate_up: Sequence[Tensor], shared_down: Tensor | None, shared_position: int, group_name: str, *,
     shared_round_each: bool = False, shared_thin: bool = False, entry_barrier: bool = True, experts_per_rank: int = 0,
-    **options: Any,
+    ask_ahead: int = 0, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shared = _shared_expert(
         shared_x, shared_gate_up, shared_down, shared_position, shared_round_each, shared_thin, hidden
     )
     beside = Beside(shared)
     try:
-        ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank}
+        ask_for = AskFor(gate_up, local_expert_start, ask_ahead) if ask_ahead else None
+        ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank, "ask_for": ask_for}
         ws = resolve(group_name, _OP_SHARED)
-        batch = _gather(ws, Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, max_tokens, **ways)
+        batch, behind_dispatch = _gather(
+            ws, Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, max_tokens, **ways
+        )
         out = moe_combine._run(
             *batch, gate_up, down, local_tokens, metadata, local_expert_start, hidden.shape[0],
             _insert(addends, shared_position, beside.result), group_name,
-            experts_per_rank=experts_per_rank, before_combine=beside.join if shared_position >= 0 else None, **options,
+            experts_per_rank=experts_per_rank, before_combine=beside.join if shared_position >= 0 else None,
+            behind_dispatch=behind_dispatch, **options,
         )  # fmt: skip
     finally:
         result = beside.join()
@@ -138,7 +147,7 @@ _LAYER = (
     "Tensor metadata, int local_expert_start, int max_tokens, Tensor[] addends"
 )
 _OPTIONS = (
-    "bool entry_barrier=True, int experts_per_rank=0, float scale=1.0, bool round_each=True, "
+    "bool entry_barrier=True, int experts_per_rank=0, int ask_ahead=0, float scale=1.0, bool round_each=True, "
     f"ScalarType? combine_dtype=None, {NORM}, {moe_combine.EXPERTS}"
 )
 

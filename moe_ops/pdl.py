@@ -21,9 +21,14 @@ def supports_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def chain_start(on: bool, device: torch.device) -> dict[str, Any]:
-    """Launch options of the first kernel of a chain: it lets the next one start early, and starts in order itself."""
-    return {"PDL": on and supports_pdl(device)}
+def chain_start(on: bool, device: torch.device, behind: bool = False) -> dict[str, Any]:
+    """Launch options of the first kernel of a chain: it lets the next one start early, and starts in order itself.
+
+    ``behind``: the launch before it on this stream is another chain's last, which lets it start early. Then PDL is 2: it
+    waits before anything else, and lets the next one start only after that, so that both chains are one.
+    """
+    on = on and supports_pdl(device)
+    return {"PDL": 2, "launch_pdl": True} if on and behind else {"PDL": int(on)}
 
 
 def chain_link(on: bool, device: torch.device) -> dict[str, Any]:

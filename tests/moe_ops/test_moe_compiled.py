@@ -133,6 +133,15 @@ def test_the_second_gemm_waits_for_the_first(name):
     assert first.has("griddepcontrol.launch_dependents") and second.has("griddepcontrol.launch_dependents")
 
 
+def test_experts_behind_a_dispatch_wait_for_it_before_anything_else():
+    """And let the next kernel start only then: what that one reads ahead of its own wait is older than the dispatch."""
+    plan = PLANS["T=1"]
+    text = _gemm(fused_moe_few_kernels.gate_up_few_kernel, plan, plan.gate_up, 2, PDL=2).ptx
+    wait = text.index("griddepcontrol.wait")
+    assert text.count("griddepcontrol.wait") == 1 and wait < text.index("griddepcontrol.launch_dependents")
+    assert "ld.global" not in text[:wait]
+
+
 def test_few_rows_fill_the_machine():
     """Registers leave room for four programs an SM, and weights are asked for before the wait."""
     first, second = gemms(PLANS["T=1"])
