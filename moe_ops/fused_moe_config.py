@@ -48,7 +48,8 @@ class Plan:
     0: one for each pair of a chunk, or for each expert where these are fewer.
     ``tail`` (many rows, neither ``flat`` nor ``special``, ``programs`` 1): columns past the last whole tile, if at most
     half a tile, are tiles of their own width.
-    ``lone`` (many rows): the second GEMM writes rows with one local pair to the result where it can.
+    ``lone`` (many rows): 1: the second GEMM writes rows with one local pair to the result where it can; 2: and the
+    first one's ``rest`` zeroes those without any.
     """
 
     gate_up: Tiles
@@ -62,7 +63,7 @@ class Plan:
     prefetch: int = 0
     slots: int = 0
     tail: bool = True
-    lone: bool = True
+    lone: int = 2
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:

@@ -162,7 +162,12 @@ def _tail(plan: Plan, tiles: Tiles, width: int) -> int:
     return max(triton.next_power_of_2(past), 16) if apart and 0 < past <= tiles.block_n // 2 else 0
 
 
-def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: bool) -> None:
+def _has_rest(problem: Problem, plan: Plan) -> bool:
+    sizes, element = (problem.hidden.shape[1], problem.inner), problem.hidden.element_size()
+    return plan.rest and plan.tma and all(size * element % _TMA_ALIGN == 0 for size in sizes)
+
+
+def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: int) -> None:
     plan = replace(plan, gate_up=_power_of_two_rows(plan.gate_up), down=_power_of_two_rows(plan.down))
     ids, inner, experts, block = problem.topk_ids, problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
     if block != plan.down.block_m:
@@ -175,8 +180,7 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: bool)
     else:
         aligned = launch_align(ids, problem.valid_tokens, block, experts, problem.expert_start)
     act = problem.hidden.new_empty(aligned[0].numel(), inner)
-    boxes = all(size * act.element_size() % _TMA_ALIGN == 0 for size in (problem.hidden.shape[1], inner))
-    plan = replace(plan, rest=plan.rest and plan.tma and boxes)
+    plan = replace(plan, rest=_has_rest(problem, plan), lone=lone)
     _gate_up_many(problem, plan, aligned, act, sms)
     _down_many(problem, plan, aligned, marks, act, pairs, sms)
 
@@ -199,7 +203,11 @@ def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act
     )
     if plan.rest:
         weights, args = _gate_up(problem, _quarters(plan))
-        gate_up_rest_kernel[(2 * sms,)](hidden, *aligned, weights, *rest, programs, **link, **args)
+        ids, out, experts = problem.topk_ids, problem.out, problem.gate_up.shape[0]
+        gate_up_rest_kernel[(2 * sms,)](
+            hidden, *aligned, weights, *rest[:2], ids, problem.valid_tokens, out, *rest[2:], programs,
+            ids.shape[0], out.stride(0), problem.expert_start, experts, ZEROS=plan.lone > 1, **link, **args,
+        )  # fmt: skip
 
 
 def _down_many(
@@ -247,13 +255,18 @@ def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: 
     )  # fmt: skip
 
 
-def _takes_lone(problem: Problem, plan: Plan) -> bool:
-    """Whether the second GEMM writes the rows of ``out`` with one local pair, and the sum the others only."""
-    (rows, top_k), out, many = problem.topk_ids.shape, problem.out, not plan.pairs and plan.lone
+def _takes_lone(problem: Problem, plan: Plan) -> int:
+    """1 if the second GEMM writes the rows of ``out`` with one local pair, 2 if rows without any are zeroed, too; or 0.
+
+    The sum does the others.
+    """
+    (rows, top_k), out, many = problem.topk_ids.shape, problem.out, not plan.pairs and plan.lone > 0
     told = many and rows * top_k > ONE_LAUNCH_PAIRS and rows >= SUM_ROWS and top_k <= SUM_SLOTS
     places = out.data_ptr(), out.stride(0) * out.element_size(), out.shape[1] * out.element_size()
     aligned = out.dtype == problem.hidden.dtype and all(place % _TMA_ALIGN == 0 for place in places)
-    return told and aligned and not fused_moe_wide.suits(problem, plan)
+    if not (told and aligned) or fused_moe_wide.suits(problem, plan):
+        return 0
+    return plan.lone if _has_rest(problem, plan) else 1
 
 
 def run_pairs(problem: Problem, tokens_hint: int | None, batch_invariant: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,7 +287,7 @@ def _prepare(
     return problem, plan or choose_plan(problem.shape(tokens_hint), device_of(hidden)[0], batch_invariant)
 
 
-def _run_pairs(problem: Problem, plan: Plan, lone: bool = False) -> Tensor:
+def _run_pairs(problem: Problem, plan: Plan, lone: int = 0) -> Tensor:
     pairs = problem.hidden.new_empty(problem.topk_ids.numel(), problem.hidden.shape[1])
     if problem.topk_ids.numel() == 0 or problem.hidden.shape[1] == 0:
         return pairs

@@ -11,20 +11,24 @@ import triton
 import triton.language as tl
 
 from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
-from .fused_moe_lone_kernels import store_pairs
+from .fused_moe_lone_kernels import store_pairs, zero_rows
 from .fused_moe_many_kernels import quarter, tiles_of, whole_rounds
 
 
 @triton.jit
 def gate_up_rest_kernel(
-    x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, act_ptr,
-    num_pairs, x_stride, hidden, inner, alpha, limit, programs,
+    x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, act_ptr, ids_ptr, valid_ptr, out_ptr,
+    num_pairs, x_stride, hidden, inner, alpha, limit, programs, num_rows, out_stride, expert_start, num_experts,
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TAIL: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """Quarters of the tiles that ``gate_up_many_kernel`` with ``programs`` programs leaves. Grid: any."""
+    """Quarters of the tiles that ``gate_up_many_kernel`` with ``programs`` programs leaves. Grid: any.
+
+    ZEROS: rows of ``out`` without a local slot are zeroed, too: ``zero_rows``.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tiles_of(inner, 2 * BLOCK_N, TAIL)
@@ -39,6 +43,8 @@ def gate_up_rest_kernel(
             ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
         store_tile(act_ptr, position, pairs <= num_pairs, tile, inner, inner_rows, BLOCK_N)
+    if ZEROS:
+        zero_rows(ids_ptr, valid_ptr, out_ptr, num_rows, hidden, out_stride, expert_start, num_experts, TOP_K)
     if PDL:  # the next kernel waits for this one alone
         tl.extra.cuda.gdc_wait()
 

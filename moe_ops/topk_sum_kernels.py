@@ -49,8 +49,8 @@ def topk_sum_local_kernel(
 ):  # fmt: skip
     """``topk_sum_kernel`` where most slots are remote: two local slots a turn, and no turn for the others.
 
-    Grid: as there. ``SLOTS``: ids looked at together, a power of two up to 16. LONE (TOP_K <= SLOTS): rows with one
-    local slot are left as they are, see ``fused_moe_lone_kernels``.
+    Grid: as there. ``SLOTS``: ids looked at together, a power of two up to 16. LONE (TOP_K <= SLOTS): 1 leaves rows
+    with one local slot as they are, 2 also those without any, see ``fused_moe_lone_kernels``.
     """
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = cols < hidden
@@ -66,7 +66,7 @@ def topk_sum_local_kernel(
             local = (expert >= expert_start) & (expert < expert_start + num_experts)
             bits = tl.sum(tl.where(local, 1 << slots, 0), 0)
             if LONE:
-                wanted = (bits == 0) | (bits & (bits - 1) != 0)
+                wanted = (bits & (bits - 1) != 0) | ((bits == 0) & (LONE == 1))
                 bits = tl.where(wanted, bits, 0)
             while bits != 0:
                 first, bits = _lowest_bit(bits)

@@ -34,7 +34,7 @@ DIVISIBLE = ("x_stride", "hidden", "inner", "out_stride")  # by 16, which lets l
 FORM = {
     "TOP_K": 8, "ACT": "silu", "GATED": True, "TRANSPOSED": False, "INTERLEAVED": False, "HAS_BIAS": False,
     "HAS_LIMIT": False, "TMA": True, "EVEN_K": True, "PDL": True, "BOX_ROWS": True, "GROUP": 8, "BY_PAIR": False,
-    "LONE": 0, "TAIL": 0,
+    "LONE": 0, "TAIL": 0, "ZEROS": True,
 }  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def test_align_spills_nothing(bins):
 
 @pytest.mark.parametrize("kernel", ["topk_sum_kernel", "topk_sum_local_kernel"])
 def test_the_sum_spills_nothing_and_leaves_room_for_many_programs(kernel):
-    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "LONE": True, "PDL": True}
+    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "LONE": 2, "PDL": True}
     local = kernel == "topk_sum_local_kernel"
     constants |= {"BLOCK_H": 512} if local else {}
     code = compiled(getattr(topk_sum_kernels, kernel), constants, 1 if local else 4, 3, {})
