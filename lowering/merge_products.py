@@ -14,8 +14,8 @@ After::
 Also for a single product, because at few rows the library's kernels do not read the weights at full speed. A router
 that casts both operands to fp32 (DeepSeek-V3) keeps its fp32 result but not the casts, which read and write the whole
 weight in every step: products of 16-bit values are exact in fp32, where the kernel sums them anyway. Legal
-because the weights are inputs of the graph, and nothing writes them. A sum in fp32 that
-is rounded once, as the library's, but in another order.
+because the weights are inputs of the graph, and nothing writes them. A sum in fp32
+that is rounded once, as the library's, but in another order.
 
 Products with few columns that only pointwise code and reductions read, as a router's, are summed in pieces of their
 depth, so that there are programs enough to read the weight at the memory's rate::
@@ -23,9 +23,9 @@ depth, so that there are programs enough to read the weight at the memory's rate
     t = moe_ep.thin_linear(x, [w], out_dtype=float32, split=4)
     logits = aten.sum(t[0], [0])                   # Inductor does this in the softmax's kernel
 
-Refused for more than
-``MAX_ROWS`` rows (``MAX_ROWS_ALONE`` of a single product), and for weights that are not stored row by row or are
-larger than ``MAX_BYTES``, where the library is as fast, or of another dtype than the batch. The CPU's products stay.
+Refused for more than ``MAX_ROWS`` rows (``MAX_ROWS_ALONE`` of a single product in one piece), and for weights that are
+not stored row by row, are larger than ``MAX_BYTES``, where the library is as fast, or of another dtype than the batch.
+The CPU's products stay.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .unroll_topk import topk_columns
 aten, prims = torch.ops.aten, torch.ops.prims
 VIEWS = (aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.select.int, aten.slice.Tensor)
 MAX_BYTES = 64 << 20  # one weight
-MAX_ROWS_ALONE = 32  # of a single product; at 64 rows the library is faster (10.2 us against 11.5, 2048 x 4096, H200)
+MAX_ROWS_ALONE = 32  # of one product in one piece; at 64 the library is faster (10.2 us, 11.5; 2048 x 4096, H200)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class MergeProducts:
                 groups.setdefault((value_key(product.x), product.dtype), []).append(product)
         for group in groups.values():
             rows = group[0].node.meta["val"].shape[0]
-            if len(group) == 1 and rows > MAX_ROWS_ALONE:
+            if len(group) == 1 and rows > MAX_ROWS_ALONE and split_of(group) == 1:
                 outcome.refuse(group[0].node, f"{rows} rows times one weight")
                 continue
             for start in range(0, len(group), MAX_WEIGHTS):

@@ -18,8 +18,6 @@ a row then travel only to ranks that have an expert for it; elsewhere they are u
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from . import collectives
@@ -36,21 +34,6 @@ from .workspace import Workspace, resolve
 
 _OP = "agv_dispatch_into"
 _NAMES = ("out_hidden", "out_ids", "out_weights")
-MOST_IDS = 512  # of this rank's ids, that are looked at to ask for weights: four a thread
-
-
-class AskFor(NamedTuple):
-    """``weights (E_l, ...)``, contiguous: the experts among them that own rows name are asked for, ``nbytes`` at most."""
-
-    weights: Tensor
-    expert_start: int
-    nbytes: int
-
-    def sizes(self, piece: int) -> tuple[int, int, int]:
-        """Experts, pieces of ``piece`` bytes of one, and pieces to ask for in all."""
-        experts = self.weights.shape[0]
-        size = self.weights[0].numel() * self.weights.element_size()
-        return experts, size // piece, self.nbytes // piece
 
 
 def _check(batch: Batch, local_tokens: Tensor, metadata: Tensor, out: Batch) -> None:
@@ -81,13 +64,11 @@ def launch_dispatch_into(
     *,
     entry_barrier: bool = True,
     experts_per_rank: int = 0,
-    ask_for: AskFor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
     """The kernel over symmetric memory: one launch, one barrier, or two with ``entry_barrier``."""
     from .dispatch_into_kernels import _dispatch_into_kernel
     from .dispatch_kernels import Batch as KernelBatch
-    from .weights_ahead_kernels import PIECE, Ahead
 
     layout = channel.layout
     places = KernelBatch(*(place_of(_OP, name, tensor, buffers) for name, tensor in zip(_NAMES, out, strict=True)))
@@ -103,15 +84,12 @@ def launch_dispatch_into(
         min(batch.hidden.shape[0], layout.max_tokens_per_rank),
         out.hidden.shape[0],
         experts_per_rank,
-        Ahead(ask_for.weights, ask_for.expert_start, *ask_for.sizes(PIECE)) if ask_for else Ahead(live, 0, 0, 0, 0),
         W=channel.world_size,
         N=max(launch.chunks, WARP * launch.warps),
         ALIGNED=all(map(is_aligned, batch)),
         MULTICAST=channel.multicast,
         ENTRY=entry_barrier,
         ROUTED=routed_ids(channel, batch.topk_ids.shape[1], experts_per_rank),
-        ASK=min(1 << (batch.topk_ids.numel() - 1).bit_length(), MOST_IDS) if ask_for else 0,
-        THREADS=WARP * launch.warps,
         num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
         **chain_start(True, live.device),
     )
@@ -127,11 +105,10 @@ def dispatch_into(
     *,
     entry_barrier: bool = True,
     experts_per_rank: int = 0,
-    ask_for: AskFor | None = None,
 ) -> Tensor:
     """Gather ``batch`` (T rows) of all ranks into ``out`` (M rows); ids of rows >= valid_tokens become -1.
 
-    ``ask_for``: weights that L2 is asked for meanwhile, where the transport has kernels. Returns the number of gathered rows, (1,) int32: 0 in a workspace that gave up.
+    Returns the number of gathered rows, (1,) int32: 0 in a workspace that gave up.
     Raises ``SymmetricMemoryError`` where ``out`` is not memory of ``ws.empty``.
     """
     _check(batch, local_tokens, metadata, out)
@@ -148,7 +125,7 @@ def dispatch_into(
     check_dtype(_OP, "hidden", hidden, (ws.config.dtype,))
     live = launch_dispatch_into(
         ws.channel, ws.buffers, batch, local_tokens, metadata, out, entry_barrier=entry_barrier,
-        experts_per_rank=experts_per_rank, ask_for=ask_for,
+        experts_per_rank=experts_per_rank,
     )  # fmt: skip
     if not hidden.is_cuda:
         ws.check()

@@ -8,7 +8,6 @@ from .chunks import gather_chunk, row_chunks
 from .ptx import load_chunk, store_chunk
 from .routed_kernels import has_rank, ranks_of
 from .symmetric import OP_CODES
-from .weights_ahead_kernels import ask_for_experts, load_own_ids
 
 _OP = tl.constexpr(OP_CODES["agv_dispatch_into"])
 
@@ -95,9 +94,9 @@ def _clear_ids(ids, start, stop, N: tl.constexpr):
 
 @triton.jit
 def _dispatch_into_kernel(
-    peers, source, out, live_ptr, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, experts_per_rank, ahead,
+    peers, source, out, live_ptr, local_tokens_ptr, metadata_ptr, row_limit, max_tokens, experts_per_rank,
     W: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, MULTICAST: tl.constexpr, ENTRY: tl.constexpr,
-    ROUTED: tl.constexpr, ASK: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    ROUTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Gather all ranks' live rows into ``out``, three ``chunks.Place``. Grid: G programs, units of N chunks of a row.
 
@@ -106,15 +105,12 @@ def _dispatch_into_kernel(
     programs 0 and 1 store rows 1 and 2 on both ranks, while 2 and 3 only meet.
     ENTRY: before the first store every rank says that the launches before it are done with its buffers.
     ROUTED: not 0, a power of two >= K: hidden states go only to ranks with an expert for the row.
-    ASK: not 0, how many of this rank's ids are looked at to ask L2 for weights (``ahead``) while the peers arrive.
     ``live_ptr`` gets the gathered rows, or 0 where a rank did not come.
     """
     COUNT: tl.constexpr = 1 if MULTICAST else W
     lanes = tl.arange(0, N)
     segments = (_batch_chunks(source) + N - 1) // N
     counts = load_counts(local_tokens_ptr, metadata_ptr)
-    if ASK:
-        own_ids = load_own_ids(source.ids, row_limit, ASK)
     starts = (
         _starts(peers, out.hidden, W, MULTICAST),
         _starts(peers, out.ids, W, MULTICAST),
@@ -137,9 +133,7 @@ def _dispatch_into_kernel(
     signal(peers, call, t, W, MULTICAST)
     if PDL:  # the experts' first kernel may start, and wait for this one
         tl.extra.cuda.gdc_launch_dependents()
-    if ASK:
-        ask_for_experts(own_ids, t * source.ids.length, ahead, ASK, THREADS)
     _clear_ids(out.ids, valid.to(tl.int64), (call.epoch * 0 + max_tokens), N)
-    _, ok = wait(peers, call, _OP, W, MULTICAST, ACQUIRE=False)
+    _, ok = wait(peers, call, _OP, W, MULTICAST, ACQUIRE=PDL)  # PDL: the next launch may be there already
     tl.store(live_ptr, tl.where(ok, valid, 0), mask=tl.program_id(0) == 0)
     leave(peers, call)

@@ -9,8 +9,7 @@ p2p and multicast the experts read it where the peers have put it: in the worksp
 "Buffers of callers"). ``entry_barrier=False`` leaves out the meeting before the peers write there; legal where, since
 the last op that used the layer batch, every rank has met all others, as it does in the combine that ends each of these
 ops. ``experts_per_rank``, if not 0, promises that expert ``e`` lies on rank ``e // experts_per_rank``: rows then travel
-only to and from ranks with an expert for them. ``ask_ahead``: bytes of the experts' weights that dispatch asks L2 for while
-it waits, a hint (``dispatch_into.AskFor``). A group of one rank gathers nothing at all.
+only to and from ranks with an expert for them. A group of one rank gathers nothing at all.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from . import dispatch, moe_combine
 from .combine_add import NORM
-from .dispatch_into import AskFor, dispatch_into
+from .dispatch_into import dispatch_into
 from .errors import ShapeError
 from .reference import Batch
 from .registration import register_op
@@ -35,7 +34,7 @@ _OP, _OP_SHARED = "moe_layer", "moe_layer_shared"
 def _fake(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], group_name: str,
-    entry_barrier: bool = True, experts_per_rank: int = 0, ask_ahead: int = 0, **options: Any,
+    entry_barrier: bool = True, experts_per_rank: int = 0, **options: Any,
 ) -> Tensor:  # fmt: skip
     batch = dispatch._fake(hidden, topk_ids, topk_weights, local_tokens, metadata, max_tokens, group_name)
     return moe_combine._fake(
@@ -47,10 +46,9 @@ def _fake(
 def _run(
     hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, local_tokens: Tensor,
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], group_name: str,
-    entry_barrier: bool = True, experts_per_rank: int = 0, ask_ahead: int = 0, **options: Any,
+    entry_barrier: bool = True, experts_per_rank: int = 0, **options: Any,
 ) -> Tensor:  # fmt: skip
-    ask_for = AskFor(gate_up, local_expert_start, ask_ahead) if ask_ahead else None
-    ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank, "ask_for": ask_for}
+    ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank}
     batch, behind_dispatch = _gather(
         resolve(group_name, _OP), Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, max_tokens, **ways
     )
@@ -118,15 +116,14 @@ def _run_shared(
     metadata: Tensor, local_expert_start: int, max_tokens: int, addends: Sequence[Tensor], shared_x: Tensor,
     shared_gate_up: Sequence[Tensor], shared_down: Tensor | None, shared_position: int, group_name: str, *,
     shared_round_each: bool = False, shared_thin: bool = False, entry_barrier: bool = True, experts_per_rank: int = 0,
-    ask_ahead: int = 0, **options: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shared = _shared_expert(
         shared_x, shared_gate_up, shared_down, shared_position, shared_round_each, shared_thin, hidden
     )
     beside = Beside(shared)
     try:
-        ask_for = AskFor(gate_up, local_expert_start, ask_ahead) if ask_ahead else None
-        ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank, "ask_for": ask_for}
+        ways = {"entry_barrier": entry_barrier, "experts_per_rank": experts_per_rank}
         ws = resolve(group_name, _OP_SHARED)
         batch, behind_dispatch = _gather(
             ws, Batch(hidden, topk_ids, topk_weights), local_tokens, metadata, max_tokens, **ways
@@ -147,7 +144,7 @@ _LAYER = (
     "Tensor metadata, int local_expert_start, int max_tokens, Tensor[] addends"
 )
 _OPTIONS = (
-    "bool entry_barrier=True, int experts_per_rank=0, int ask_ahead=0, float scale=1.0, bool round_each=True, "
+    "bool entry_barrier=True, int experts_per_rank=0, float scale=1.0, bool round_each=True, "
     f"ScalarType? combine_dtype=None, {NORM}, {moe_combine.EXPERTS}"
 )
 

@@ -24,8 +24,8 @@ def supports_pdl(device: torch.device) -> bool:
 def chain_start(on: bool, device: torch.device, behind: bool = False) -> dict[str, Any]:
     """Launch options of the first kernel of a chain: it lets the next one start early, and starts in order itself.
 
-    ``behind``: the launch before it on this stream is another chain's last, which lets it start early. Then PDL is 2: it
-    waits before anything else, and lets the next one start only after that, so that both chains are one.
+    ``behind``: the launch before it on this stream is another chain's last, which lets it start early. Then PDL is 2:
+    it waits before anything else, and lets the next one start only after that, so that both chains are one.
     """
     on = on and supports_pdl(device)
     return {"PDL": 2, "launch_pdl": True} if on and behind else {"PDL": int(on)}

@@ -25,7 +25,6 @@ from moe_ops.combine_kernels import _combine_kernel
 from moe_ops.dispatch_into_kernels import _dispatch_into_kernel
 from moe_ops.dispatch_kernels import Batch, _dispatch_kernel
 from moe_ops.metadata_kernels import _metadata_kernel
-from moe_ops.weights_ahead_kernels import Ahead
 
 EXPECTED = Path(__file__).parent / "expected"
 WORLD = 4
@@ -62,7 +61,7 @@ class Variant(NamedTuple):
     """One compiled kernel. ``aligned``: all rows are whole 16-byte chunks; ``alone``: with both barriers.
 
     ``norm``: of ``combine_add``, which sums pairs and adds one tensor. ``behind``: it starts while the experts' last
-    kernel runs, or ``dispatch_into`` lets their first one start. ``asks``: ``dispatch_into``, for weights.
+    kernel runs, or ``dispatch_into`` lets their first one start.
     """
 
     kernel: str
@@ -77,7 +76,6 @@ class Variant(NamedTuple):
     routed: bool = False
     norm: int = 0
     behind: bool = False
-    asks: bool = False
 
 
 def _rows(kind: str) -> Rows:
@@ -99,8 +97,7 @@ def _signature(variant: Variant) -> dict[str, Any]:
     if variant.kernel == "dispatch_into":
         out = Batch(_place(variant.dtype), _place("i32"), _place("fp32"))
         return (
-            common | {"source": batch, "out": out, "live_ptr": "*i32"} | counts | limits
-            | {"experts_per_rank": "i32", "ahead": Ahead("*bf16", "i32", "i32", "i32", "i32")}
+            common | {"source": batch, "out": out, "live_ptr": "*i32"} | counts | limits | {"experts_per_rank": "i32"}
         )
     if variant.kernel == "combine_from":
         common |= {"source": _place(variant.dtype), "out": rows, "addends": (rows,), "scale": "fp32"}
@@ -123,7 +120,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
     if variant.kernel == "dispatch_into":
         return values | {
             "ALIGNED": variant.aligned, "ENTRY": variant.alone, "ROUTED": 8 * variant.routed,
-            "ASK": 512 * variant.asks, "THREADS": 32 * variant.warps, "PDL": variant.behind,
+            "PDL": variant.behind,
         }  # fmt: skip
     if variant.kernel == "combine_from":
         return (

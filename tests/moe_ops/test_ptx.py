@@ -47,16 +47,13 @@ JOINED += [
 JOINED += [Variant("combine_add", aligned=False, warps=4, norm=2), Variant("combine_add", routed=True, norm=2)]
 JOINED += [Variant("combine_add", norm=kind, behind=True) for kind in (0, 1)]
 BUFFERS += [Variant(kernel, routed=True, arch=arch) for kernel in ("dispatch_into", "combine_from") for arch in ARCHS]
-ASKS = [Variant("dispatch_into", warps=4, chunks=chunks, asks=True, arch=arch) for chunks in (128, 256) for arch in ARCHS]
-NO_SPILLS = [Variant("metadata", arch=arch) for arch in ARCHS] + DATA + BUFFERS + JOINED + ASKS
+NO_SPILLS = [Variant("metadata", arch=arch) for arch in ARCHS] + DATA + BUFFERS + JOINED
 
 
 def name_of(variant: Variant) -> str:
     joined = ""
     if variant.kernel == "combine_add":
         joined = f"-w{variant.world}-{variant.chunks}-norm{variant.norm}" + "-behind" * variant.behind
-    if variant.asks:
-        joined = f"-asks-{variant.chunks}"
     return f"{expected_file(variant).stem}-{'aligned' if variant.aligned else 'ragged'}{joined}-sm{variant.arch}"
 
 
@@ -226,20 +223,10 @@ def test_all_peers_are_loaded_before_the_first_addition(kernel: str, copies: int
     assert max(loads) < first
 
 
-@pytest.mark.parametrize("variant", ASKS, ids=name_of)
-def test_a_dispatch_asks_for_weights_between_its_signal_and_its_wait(variant: Variant):
-    """A request a thread, behind rows and signal, so that they delay neither."""
-    text = compile_kernel(variant)["ptx"]
-    asked = text.index("cp.async.bulk.prefetch.L2.global")
-    assert text.index("st.release.sys.global.b64") < asked < text.index("ld.relaxed.sys.global.b64")
-    assert asm_layouts(variant, "prefetch") == [(128, 1, 32, 4)]
-    assert "prefetch" not in compile_kernel(variant._replace(asks=False))["ptx"]
-
-
 def test_a_dispatch_lets_experts_start_once_its_rows_are_signalled():
     text = compile_kernel(Variant("dispatch_into", warps=4, chunks=128, behind=True))["ptx"]
     let = text.index("griddepcontrol.launch_dependents")
-    assert text.index("st.release.sys.global.b64") < let < text.index("ld.relaxed.sys.global.b64")
+    assert text.index("st.release.sys.global.b64") < let < text.index("ld.acquire.sys.global.b64")
     assert "griddepcontrol.wait" not in text  # the first of its chain
 
 
