@@ -62,21 +62,26 @@ def _cpu(
 
 
 def launch_align(
-    topk_ids: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int, local_expert_start: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The Triton implementation: one launch, two above 4096 pairs."""
+    topk_ids: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int, local_expert_start: int,
+    behind_dispatch: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The Triton implementation: one launch, two above 4096 pairs. ``behind_dispatch``: see ``fused_moe_launch``."""
     _check(topk_ids, valid_tokens, block_size, num_local_experts, local_expert_start)
-    return align_blocks(topk_ids, valid_tokens, block_size, num_local_experts, local_expert_start)
+    return align_blocks(
+        topk_ids, valid_tokens, block_size, num_local_experts, local_expert_start, behind_dispatch
+    )  # fmt: skip
 
 
 def align_blocks(
-    topk_ids: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int, local_expert_start: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    topk_ids: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int, local_expert_start: int,
+    behind_dispatch: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``launch_align`` of checked arguments, for any block size."""
     from .align_kernels import launch
 
     outputs = _empty_outputs(topk_ids, block_size, num_local_experts)
-    launch(topk_ids.contiguous(), valid_tokens, outputs, block_size, num_local_experts, local_expert_start)
+    sizes = block_size, num_local_experts, local_expert_start
+    launch(topk_ids.contiguous(), valid_tokens, outputs, *sizes, behind_dispatch=behind_dispatch)
     return outputs
 
 

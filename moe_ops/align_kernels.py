@@ -91,6 +91,8 @@ def _align_kernel(
     Grid: enough programs for all shares; for blocks they loop. Example: ids [[1, 0], [1, 2]], E_l 2, BLOCK 4 gives
     sorted [1, 4, 4, 4, 0, 2, 4, 4, ...], expert_ids [0, 1, -1, ...], total 8 (pair 3 is not local).
     """
+    if PDL == 2:  # dispatch still ran
+        tl.extra.cuda.gdc_wait()
     if PDL:  # a next kernel that asked for it may start and wait
         tl.extra.cuda.gdc_launch_dependents()
     program, pairs_total = tl.program_id(0), num_rows * top_k
@@ -246,6 +248,7 @@ def launch(
     num_local_experts: int,
     local_expert_start: int,
     lone: tuple[Tensor, Tensor] | None = None,
+    behind_dispatch: bool = False,
 ) -> None:
     """Fill ``outputs`` (see ``align.align_block_size``); ``topk_ids`` contiguous.
 
@@ -265,5 +268,6 @@ def launch(
         topk_ids, valid_tokens, sorted_ids, expert_ids, total,
         topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts, sorted_ids.numel(),
         BLOCK=block_size, PART=whole // parts, PARTS=parts, BINS=triton.next_power_of_2(num_local_experts),
-        SHARE=share, BLOCKS=_BLOCKS, num_warps=min(max(whole // 256, 4), 8), **chain_start(True, topk_ids.device),
+        SHARE=share, BLOCKS=_BLOCKS, num_warps=min(max(whole // 256, 4), 8),
+        **chain_start(True, topk_ids.device, behind_dispatch),
     )  # fmt: skip

@@ -178,7 +178,9 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: int) 
             ids, problem.topk_weights, problem.valid_tokens, block, experts, problem.expert_start
         )
     else:
-        aligned = launch_align(ids, problem.valid_tokens, block, experts, problem.expert_start)
+        aligned = launch_align(
+            ids, problem.valid_tokens, block, experts, problem.expert_start, problem.behind_dispatch
+        )  # fmt: skip
     act = problem.hidden.new_empty(aligned[0].numel(), inner)
     plan = replace(plan, rest=_has_rest(problem, plan), lone=lone)
     _gate_up_many(problem, plan, aligned, act, sms)
