@@ -73,14 +73,26 @@ def test_attention_of_a_new_token(norms: tuple[bool, bool]):
     assert len(re.findall(r"st\.global", ptx)) >= 3, "the answer, the new key, the new value"
 
 
-@pytest.mark.parametrize(("rows", "widths"), [(16, (4096, 512, 512)), (16, (2048,)), (32, (2048,)), (64, (128,))])
-def test_thin_linear(rows: int, widths: tuple[int, ...]):
-    constants = {"num_warps": 4, "EVEN_K": True} | tiles(rows, widths)
+def _thin_linear(rows: int, widths: tuple[int, ...], piece: int, out: str) -> tuple[str, int, int]:
+    constants = {"num_warps": 4, "EVEN_K": True} | tiles(rows, widths, piece)
     many = len(widths)
     types = {
-        "x_ptr": BF16, "weights": (BF16,) * many, "outs": (BF16,) * many, "widths": ("i32",) * many, "rows": "i32",
+        "x_ptr": BF16, "weights": (BF16,) * many, "outs": (out,) * many, "widths": ("i32",) * many, "rows": "i32",
         "depth": "i32", "piece": "i32",
     }  # fmt: skip
-    ptx, registers, stack = compiled(_thin_linear_kernel, types, constants, aligned=("widths", "depth", "piece"))
+    return compiled(_thin_linear_kernel, types, constants, aligned=("widths", "depth", "piece"))
+
+
+@pytest.mark.parametrize(("rows", "widths"), [(16, (4096, 512, 512)), (16, (2048,)), (32, (2048,)), (64, (128,))])
+def test_thin_linear(rows: int, widths: tuple[int, ...]):
+    ptx, registers, stack = _thin_linear(rows, widths, 0, BF16)
     assert stack == 0 and registers <= 192, (registers, stack)
     assert "cp.async.cg" in ptx
+
+
+@pytest.mark.parametrize(("rows", "width", "piece"), [(8, 128, 512), (64, 128, 512), (8, 256, 1024), (64, 256, 1024)])
+def test_thin_linear_in_pieces(rows: int, width: int, piece: int):
+    """A piece in one step is loaded through registers: all of it is asked for before any is used."""
+    ptx, registers, stack = _thin_linear(rows, (width,), piece, "*fp32")
+    assert stack == 0 and registers <= 255, (registers, stack)
+    assert len(re.findall(r"ld\.global\S*\.v4", ptx)) >= 8 or "cp.async.cg" in ptx
