@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,14 +94,35 @@ def oracle(arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     return fused_moe_reference(*wide, **more)[: int(arguments[5])]
 
 
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Every tensor that torch makes without values holds NaN, or its integer type's largest value.
+
+    So the scratch of a launcher does: who reads a row of it that nobody wrote shows.
+    """
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def check(
     run: Callable[..., Tensor], case: Case, form: dict[str, Any], dtype: torch.dtype, device: str = "cpu", **extra: Any
 ) -> Tensor:
-    """Run one call, compare its live rows with fp64, and return the whole result."""
+    """Run one call in poisoned memory, compare its live rows with fp64, and return the whole result.
+
+    On a GPU once more without poison: filling comes between launches that otherwise overlap.
+    """
     arguments, options = build(case, form, dtype, device)
-    got = run(*arguments, **options, **extra)
+    with poisoned_memory():
+        got = run(*arguments, **options, **extra)
     wanted = oracle(arguments, options)
     live = got[: wanted.shape[0]]
+    if device == "cuda":
+        assert torch.equal(run(*arguments, **options, **extra)[: live.shape[0]], live)
     assert got.dtype == dtype and got.shape == arguments[0].shape
     assert torch.isfinite(live).all()
     error = relative_error(live, wanted)
