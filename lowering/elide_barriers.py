@@ -25,7 +25,9 @@ before in this graph, and stays only at the start of a graph that begins with a 
 does not say.
 
 Dropped or not is part of the fingerprint that ranks compare (``agreement``), because a meeting that one rank leaves out
-is a dead-lock. docs/protocol.md has the proof; ``tests/protocol`` checks every elided graph of the tests independently.
+is a dead-lock. docs/protocol.md has the proof. The protocol's model (``tests/protocol``), which knows nothing of this,
+checks what Inductor scheduled wherever a test of ``tests/lowering`` explains a graph, decode steps of real models among
+them, and refuses the same sequence without the meetings that a dropped one relies on.
 """
 
 from __future__ import annotations

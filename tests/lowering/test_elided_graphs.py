@@ -7,30 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import Graph
 
-from lowering.effects import effect_ops
+import lowering
+from graphs import experts, hf_compat
+from graphs.checkpoints import tiny_model
 from lowering.passes import Options, run_passes
+from tests.lowering.launches import check_code, launches, launches_in_code, verdict, without_meetings
 from tests.lowering.layers import T, batch, inference_graph, ops, routed, weights
 from tests.protocol.sequence import Step, check_sequence
 
 COUNT, METADATA = torch.tensor([5], dtype=torch.int32), torch.tensor([5, 0, 5], dtype=torch.int32)
-SLOTS = {"agv_dispatch": "agv_dispatch", "rsv_combine": "rsv_combine", "rsv_combine_add": "rsv_combine",
-         "fused_moe_combine": "rsv_combine", "metadata_update": "metadata_update"}  # fmt: skip
-
-
-def launches(graph: Graph) -> list[Step]:
-    """The graph's ordered ops as the model's launches; x is the layer batch."""
-    steps: list[Step] = []
-    for op in effect_ops(graph):
-        if op.name in SLOTS:
-            steps.append(Step(SLOTS[op.name]))
-        elif op.name in ("moe_layer", "moe_layer_shared"):
-            steps.append(Step("dispatch_into", writes=("x",), barrier=op.arguments["entry_barrier"]))
-            steps += [Step("local", reads=("x",)), Step("rsv_combine")]
-        else:
-            assert op.name == "agree", op.name  # launches nothing
-    return steps
 
 
 def one_layer(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> Tensor:
@@ -67,8 +53,57 @@ def test_the_model_agrees(model: Callable, rounding: str):
     run_passes(module.graph, Options(rounding=rounding))
     steps = launches(module.graph)
     assert any(step.kind == "dispatch_into" and not step.barrier for step in steps)
-    verdict = check_sequence(steps)
-    assert verdict.ok, verdict.counterexample
+    assert verdict(tuple(steps)).ok, verdict(tuple(steps)).counterexample
+
+
+FAMILIES = {
+    "qwen3_moe": {"num_hidden_layers": 3},
+    "deepseek_v3": {"num_hidden_layers": 4},  # the first is dense
+    "gpt_oss": {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_agrees_on_decode_steps(family: str):
+    """Three layers, with the passes that a decode loop runs; ``test_models.py`` has the scheduled code of two."""
+    model = tiny_model(family, torch.bfloat16, **FAMILIES[family])
+    state = experts.ExpertParallelState("local", 0, 2, T, torch.device("cpu"))
+    experts.share_state(hf_compat.experts_modules(model).values(), state)
+    model.set_experts_implementation(experts.NAME)
+    module, _ = inference_graph(lambda ids: model(ids, use_cache=False).logits, torch.full((T, 1), 7))
+    run_passes(module.graph, Options(inexact=True))
+    steps = tuple(launches(module.graph))
+    layer = (Step("dispatch_into", writes=("x",), barrier=False), Step("local", reads=("x",)), Step("rsv_combine"))
+    assert steps == (Step("metadata_update"), *layer * 3)
+    assert verdict(steps).ok, verdict(steps).counterexample
+    fewer = verdict(without_meetings(steps))
+    assert not fewer.ok and "race" in fewer.counterexample and "'x'" in fewer.counterexample
+
+
+def test_the_scheduled_code_of_what_a_test_explains_is_checked(schedules: list[tuple[Step, ...]]):
+    lowering.explain(a_batch_that_others_read, batch(), weights(), COUNT, METADATA)
+    into = (Step("dispatch_into", writes=("x",), barrier=False), Step("local", reads=("x",)), Step("rsv_combine"))
+    slots = (Step("agv_dispatch"), Step("rsv_combine"))
+    assert schedules == [(Step("metadata_update"), *into, *slots, *into)]
+
+
+CODE = """
+        torch.ops.moe_ep.agree.default(buf0, 'x', 'local')
+        buf1 = torch.ops.moe_ep.moe_layer.default(x, i, w, g, d, n, m, 0, 8, [], 'local', entry_barrier=True)
+        buf2 = torch.ops.moe_ep.thin_linear.default(buf1, w)
+        buf3 = torch.ops.moe_ep.moe_layer.default(x, i, w, g, d, n, m, 0, 8, [], 'local', entry_barrier=False)
+        torch.ops.moe_ep.metadata_update.default(buf0, 'other')
+"""
+
+
+def test_the_reader_of_code():
+    into = [Step("dispatch_into", writes=("x",), barrier=entry) for entry in (True, False)]
+    rest = (Step("local", reads=("x",)), Step("rsv_combine"))
+    code = f"if True:{CODE}"
+    assert launches_in_code(code) == {"local": (into[0], *rest, into[1], *rest), "other": (Step("metadata_update"),)}
+    assert len(check_code(code)) == 2
+    with pytest.raises(AssertionError, match="agv_dispatch_into"):  # a graph with this op needs more than x
+        launches_in_code("torch.ops.moe_ep.agv_dispatch_into.default(x, i, w, n, m, b, bi, bw, 'local')")
 
 
 def test_the_model_would_object():
@@ -76,7 +111,7 @@ def test_the_model_would_object():
     module, _ = inference_graph(metadata_from_outside, batch(), weights(), COUNT, METADATA)
     run_passes(module.graph)
     steps = [step for step in launches(module.graph) if step.kind != "rsv_combine"]
-    verdict = check_sequence(steps)
-    assert not verdict.ok and "race" in verdict.counterexample and "'x'" in verdict.counterexample
+    found = check_sequence(steps)
+    assert not found.ok and "race" in found.counterexample and "'x'" in found.counterexample
     kept = [step._replace(barrier=True) for step in steps]
     assert check_sequence(kept).ok

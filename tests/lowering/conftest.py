@@ -1,0 +1,28 @@
+"""Every graph that a test of this folder has explained goes through the protocol's model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lowering import torch_compat
+from tests.lowering.launches import Step, check_code
+
+
+@pytest.fixture(autouse=True)
+def schedules(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Step, ...]]:
+    """What the graphs communicate that the test explains, as Inductor scheduled them; each was found safe.
+
+    ``test_models.py`` so has decode steps of real architectures checked, without another compile.
+    """
+    seen: list[tuple[Step, ...]] = []
+    original = torch_compat.output_code
+
+    def output_code(*args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        result, sources = original(*args, **kwargs)
+        seen.extend(steps for source in sources for steps in check_code(source))
+        return result, sources
+
+    monkeypatch.setattr(torch_compat, "output_code", output_code)
+    return seen
