@@ -71,6 +71,63 @@ def _check_overflow(semantic: TritonSemantic, lhs: Any, rhs: Any, binary_op: Cal
     assert fits, f"int{kind.int_bitwidth} overflow detected for operation {binary_op.__name__}"
 
 
+_NUMBERS = frozenset(("int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
+_NUMBERS |= {"fp16", "bf16", "fp32", "fp64"}
+_slow_operands, _slow_broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+_slow_cast, _slow_common_type = TritonSemantic.cast, TritonSemantic.computation_type_impl
+_constants: dict[tuple, tl.tensor] = {}
+_common_types: dict[tuple, Any] = {}
+
+
+def _operands(
+    semantic: TritonSemantic, lhs: Any, rhs: Any, allow_lhs_ptr: bool = False, allow_rhs_ptr: bool = False,
+    arithmetic_check: bool = True, div_or_mod: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Two operands in one type and shape, as most are already; Triton finds that out in a dozen calls."""
+    flags = allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod
+    if type(lhs) is not tl.tensor or lhs.dtype.name not in _NUMBERS:
+        return _slow_operands(semantic, lhs, rhs, *flags)
+    if type(rhs) is int:
+        return _with_constant(semantic, lhs, rhs, flags)
+    if type(rhs) is tl.tensor and lhs.type.name == rhs.type.name and not div_or_mod:  # that wants fp32 for fp16
+        return lhs, rhs
+    return _slow_operands(semantic, lhs, rhs, *flags)
+
+
+def _with_constant(semantic: TritonSemantic, lhs: tl.tensor, rhs: int, flags: tuple[bool, ...]) -> tuple[Any, Any]:
+    """A number in the kernel's text becomes a value once for each type it meets, as values are never written again."""
+    key = lhs.type.name, rhs, flags
+    if key in _constants:
+        return lhs, _constants[key]
+    left, right = _slow_operands(semantic, lhs, rhs, *flags)
+    if left is lhs:
+        _constants[key] = right
+    return left, right
+
+
+def _broadcast(semantic: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[Any, Any]:
+    """Two values in one shape; as they are if they have one."""
+    if lhs.type.is_block() and rhs.type.is_block() and tuple(lhs.type.shape) == tuple(rhs.type.shape):
+        return lhs, rhs
+    return _slow_broadcast(semantic, lhs, rhs)
+
+
+def _cast(semantic: TritonSemantic, value: Any, kind: Any, rounding: str | None = None) -> Any:
+    """A value in another type; itself if it is of that. Names of pointers leave out what they may differ in."""
+    name = value.dtype.name
+    return value if name == kind.scalar.name and name in _NUMBERS else _slow_cast(semantic, value, kind, rounding)
+
+
+def _common_type(
+    semantic: TritonSemantic, lhs: Any, lhs_is_number: bool, rhs: Any, rhs_is_number: bool, div_or_mod: bool
+) -> Any:
+    """The type in which two types meet; Triton asks a dozen questions for every pair of values."""
+    key = lhs.name, lhs_is_number, rhs.name, rhs_is_number, div_or_mod
+    if key not in _common_types:
+        _common_types[key] = _slow_common_type(semantic, lhs, lhs_is_number, rhs, rhs_is_number, div_or_mod)
+    return _common_types[key]
+
+
 _slow_np_dtype = triton_interpreter._get_np_dtype
 _np_dtypes: dict[str, np.dtype] = {}
 
@@ -90,9 +147,11 @@ _tensor_shapes: dict[tuple, tuple[tl.tuple, tl.constexpr]] = {}
 
 def _init_block_type(block: tl.block_type, element_ty: Any, shape: Any) -> None:
     """A block's type; Triton checks its shape and writes its name anew for every value."""
-    sizes = [tl.core._unwrap_if_constexpr(size) for size in shape]
-    if not all(type(size) is int for size in sizes):
-        return _slow_block_type(block, element_ty, shape)
+    sizes = tuple(shape)
+    if {*map(type, sizes)} != {int}:
+        sizes = tuple(tl.core._unwrap_if_constexpr(size) for size in sizes)
+        if {*map(type, sizes)} != {int}:
+            return _slow_block_type(block, element_ty, shape)
     key = (element_ty.name, getattr(element_ty, "address_space", None), *sizes)
     if key not in _block_types:
         _slow_block_type(block, element_ty, shape)
@@ -114,6 +173,10 @@ def install() -> None:
     setattr(triton_interpreter.InterpreterBuilder, "create_inline_asm", _create_inline_asm)  # noqa: B010
     setattr(triton_interpreter.InterpretedFunction, "__call__", _call_device_function)  # noqa: B010
     setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", _check_overflow)  # noqa: B010
+    setattr(TritonSemantic, "binary_op_type_checking_impl", _operands)  # noqa: B010
+    setattr(TritonSemantic, "broadcast_impl_value", _broadcast)  # noqa: B010
+    setattr(TritonSemantic, "cast", _cast)  # noqa: B010
+    setattr(TritonSemantic, "computation_type_impl", _common_type)  # noqa: B010
     setattr(triton_interpreter, "_get_np_dtype", _get_np_dtype)  # noqa: B010
     setattr(tl.block_type, "__init__", _init_block_type)  # noqa: B010
     setattr(tl.tensor, "__init__", _init_tensor)  # noqa: B010

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +164,53 @@ def types_and_values(rank: Rank) -> list[str]:
 
 def test_types_made_once_are_those_that_triton_makes_each_time():
     assert run_ranks(1, types_and_values) == [[]]
+
+
+def operands_and_casts(rank: Rank) -> list[str]:
+    """Where operands or casts, found the short way, are not what Triton makes of them; no line when all are."""
+    import itertools
+
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle, interpreter_semantic
+
+    from moe_ops.emulator import hook
+
+    hook.install()
+
+    def value(kind: tl.dtype, *shape: int) -> tl.tensor:
+        data = np.full(shape or (1,), 3, dtype=hook._slow_np_dtype(kind))
+        return tl.tensor(TensorHandle(data, kind), tl.block_type(kind, [*shape]) if shape else kind)
+
+    def outcome(function: Callable, *args: object) -> list[object]:
+        try:
+            values = function(interpreter_semantic, *args)
+        except Exception as error:
+            return [type(error).__name__]
+        values = values if isinstance(values, tuple) else (values,)
+        return [(v.type.name, v.dtype.name, v.handle.data.dtype, v.handle.data.tolist()) for v in values]
+
+    def compare(fast: Callable, slow: Callable, *args: object) -> None:
+        for _ in range(2):  # the second time from what the first has kept
+            got, wanted = outcome(fast, *args), outcome(slow, *args)
+            counts[fast.__name__] += "Error" not in str(wanted)
+            if got != wanted:
+                wrong.append(f"{fast.__name__}{args}: {got}, not {wanted}")
+
+    wrong: list[str] = []
+    counts: Counter[str] = Counter()
+    pointers = [tl.pointer_type(tl.int32), tl.pointer_type(tl.int32, const=True)]
+    kinds = [tl.int1, tl.int32, tl.int64, tl.uint32, tl.float16, tl.bfloat16, tl.float32, *pointers]
+    values = [value(kind, *shape) for kind in kinds for shape in ((), (4,), (2, 1), (2, 4))]
+    numbers = [0, 1, -1, 2**31, 2**40, True, 2.5, -0.0]
+    flags = itertools.cycle(itertools.product([True, False], repeat=4))
+    for lhs, rhs in [*itertools.product(values, [*values, *numbers]), *itertools.product(numbers, values)]:
+        compare(hook._operands, hook._slow_operands, lhs, rhs, *next(flags))
+    for lhs, rhs in itertools.product(values, values):
+        compare(hook._broadcast, hook._slow_broadcast, lhs, rhs)
+        compare(hook._cast, hook._slow_cast, lhs, rhs.dtype)
+    return wrong or [f"{name}: {min(count, 500)} agree" for name, count in sorted(counts.items())]
+
+
+def test_operands_found_the_short_way_are_those_that_triton_finds():
+    agreed = [f"{name}: 500 agree" for name in ("_broadcast", "_cast", "_operands")]
+    assert run_ranks(1, operands_and_casts) == [agreed]
