@@ -85,20 +85,22 @@ def align_blocks(
     return outputs
 
 
-def align_with_lone(
+def align_with_destinations(
     topk_ids: Tensor, topk_weights: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int,
-    local_expert_start: int,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:  # fmt: skip
-    """``align_blocks`` of contiguous (M, K), more than ``align_kernels.ONE_LAUNCH_PAIRS``, and which pairs are lone.
+    local_expert_start: int, pairs: Tensor, out: Tensor,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
+    """``align_blocks`` of contiguous (M, K), more than ``align_kernels.ONE_LAUNCH_PAIRS``, and where pairs go.
 
-    The latter is (S,) int32, set where ``sorted_token_ids`` names a pair: ``fused_moe_lone_kernels.lone_weight``.
+    The latter is (S,) int64 and fp32, set where ``sorted_token_ids`` names a pair: see
+    ``fused_moe_lone_kernels.destinations``.
     """
     from .align_kernels import launch
 
     outputs = _empty_outputs(topk_ids, block_size, num_local_experts)
-    lone = topk_weights, torch.empty_like(outputs[0])
+    place, factor = (outputs[0].new_empty(outputs[0].shape, dtype=kind) for kind in (torch.int64, torch.float32))
+    lone = topk_weights, pairs, out, place, factor
     launch(topk_ids, valid_tokens, outputs, block_size, num_local_experts, local_expert_start, lone)
-    return outputs, lone[1]
+    return outputs, (place, factor)
 
 
 align_block_size = register_op(

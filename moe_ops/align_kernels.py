@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_moe_lone_kernels import lone_weight
+from .fused_moe_lone_kernels import destinations
 from .pdl import chain_link, chain_start
 
 ONE_LAUNCH_PAIRS = 4096
@@ -36,7 +36,7 @@ def _fill(ptr, first, end, step, value, CHUNK: tl.constexpr):
     """``ptr[i] = value`` for the chunks of ``[first, end)`` that start ``step`` apart."""
     for at in range(first, end, step):
         where = at + tl.arange(0, CHUNK)
-        tl.store(ptr + where, tl.full((CHUNK,), value, tl.int32), mask=where < end)
+        tl.store(ptr + where, tl.full((CHUNK,), value, ptr.dtype.element_ty), mask=where < end)
 
 
 @triton.jit
@@ -126,9 +126,9 @@ def _align_kernel(
 
 @triton.jit
 def _count_kernel(
-    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr,
+    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, place_ptr,
     num_rows, top_k, expert_start, num_experts, sorted_size, share,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, LONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``counts[p, e]`` = pairs of expert e among the ``share`` pairs from ``p * share`` on; fills the outputs.
 
@@ -146,6 +146,8 @@ def _count_kernel(
     size = tl.cast(sorted_size, tl.int64)
     _fill(sorted_ptr, program * CHUNK, size, programs * CHUNK, pairs_total.to(tl.int32), CHUNK)
     _fill(expert_ids_ptr, program * CHUNK, size // BLOCK, programs * CHUNK, -1, CHUNK)
+    if LONE:
+        _fill(place_ptr, program * CHUNK, size, programs * CHUNK, 0, CHUNK)
     counts = tl.histogram(local, BINS, mask=has)
     for later in range(first + CHUNK, end_pair, CHUNK):
         _, local, has = _local_ids(ids_ptr, later, end_pair, end, expert_start, num_experts, CHUNK)
@@ -168,14 +170,15 @@ def _sum_shares(counts_ptr, program, shares, BINS: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def _scatter_kernel(
-    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr, weights_ptr, lone_ptr,
-    num_rows, top_k, expert_start, num_experts, share,
+    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
+    weights_ptr, pairs_ptr, out_ptr, place_ptr, factor_ptr,
+    num_rows, top_k, expert_start, num_experts, share, width, out_stride,
     BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,
     LONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the pairs of one share to where the counts of all shares put them. Grid: one program a share.
 
-    LONE: K, or 0; then ``lone[position]`` is ``lone_weight`` of the pair there.
+    LONE: K, or 0; then ``place`` and ``factor[position]`` are ``destinations`` of the pair there.
     """
     program = tl.program_id(0).to(tl.int64)
     pairs_total = tl.cast(num_rows, tl.int64) * top_k
@@ -186,7 +189,10 @@ def _scatter_kernel(
     pair, local, has = _local_ids(ids_ptr, program * share, end, pairs_total, expert_start, num_experts, CHUNK)
     rank, here = _ranks(local, has, GROUPS, SIZE, BINS)
     if LONE:
-        lone = lone_weight(ids_ptr, weights_ptr, pair, pair < pairs_total, expert_start, num_experts, LONE)
+        place, factor = destinations(
+            ids_ptr, weights_ptr, pairs_ptr, out_ptr, width, out_stride, pair, has, pair < pairs_total,
+            expert_start, num_experts, LONE, CHUNK,
+        )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -196,15 +202,22 @@ def _scatter_kernel(
     base = ends - padded + before
     tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
     if LONE:
-        tl.store(lone_ptr + tl.gather(base, local, 0) + rank, lone, mask=has)
+        position = tl.gather(base, local, 0) + rank
+        tl.store(place_ptr + position, place, mask=has)
+        tl.store(factor_ptr + position, factor, mask=has)
     base += here
     for first in range(program * share + CHUNK, end, CHUNK):
         pair, local, has = _local_ids(ids_ptr, first, end, pairs_total, expert_start, num_experts, CHUNK)
         rank, here = _ranks(local, has, GROUPS, SIZE, BINS)
         tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
         if LONE:
-            lone = lone_weight(ids_ptr, weights_ptr, pair, pair < pairs_total, expert_start, num_experts, LONE)
-            tl.store(lone_ptr + tl.gather(base, local, 0) + rank, lone, mask=has)
+            place, factor = destinations(
+                ids_ptr, weights_ptr, pairs_ptr, out_ptr, width, out_stride, pair, has, pair < pairs_total,
+                expert_start, num_experts, LONE, CHUNK,
+            )  # fmt: skip
+            position = tl.gather(base, local, 0) + rank
+            tl.store(place_ptr + position, place, mask=has)
+            tl.store(factor_ptr + position, factor, mask=has)
         base += here
     # the blocks of expert e: programs take every num_programs-th expert
     bins = tl.arange(0, BINS)
@@ -218,7 +231,7 @@ def _scatter_kernel(
 
 def _launch_two(
     topk_ids: Tensor, valid_tokens: Tensor, outputs: tuple[Tensor, Tensor, Tensor], block_size: int,
-    num_local_experts: int, local_expert_start: int, lone: tuple[Tensor, Tensor] | None,
+    num_local_experts: int, local_expert_start: int, lone: tuple[Tensor, ...] | None,
 ) -> None:  # fmt: skip
     sorted_ids, expert_ids, total = outputs
     bins = max(triton.next_power_of_2(num_local_experts), 16)
@@ -228,14 +241,16 @@ def _launch_two(
     shares = triton.cdiv(topk_ids.numel(), share)
     counts = torch.empty(shares, bins, dtype=torch.int32, device=topk_ids.device)
     sizes = topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts
-    options = {"BLOCK": block_size, "BINS": bins, "num_warps": 4}
+    options = {"BLOCK": block_size, "BINS": bins, "LONE": topk_ids.shape[1] if lone else 0, "num_warps": 4}
+    strides = (lone[1].shape[1], lone[2].stride(0)) if lone else (0, 0)
+    lone = lone or 5 * (counts,)
     _count_kernel[(shares,)](
-        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, *sizes, sorted_ids.numel(), share,
+        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, lone[3], *sizes, sorted_ids.numel(), share,
         CHUNK=min(triton.next_power_of_2(share), 1024), **options, **chain_start(True, topk_ids.device),
     )  # fmt: skip
     _scatter_kernel[(shares,)](
-        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *(lone or (counts, counts)), *sizes, share,
-        GROUPS=groups, SIZE=size, ROWS=max(4096 // bins, 1), LONE=topk_ids.shape[1] if lone else 0,
+        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *lone, *sizes, share, *strides,
+        GROUPS=groups, SIZE=size, ROWS=max(4096 // bins, 1),
         **options, **chain_link(True, topk_ids.device),
     )  # fmt: skip
 
@@ -247,12 +262,13 @@ def launch(
     block_size: int,
     num_local_experts: int,
     local_expert_start: int,
-    lone: tuple[Tensor, Tensor] | None = None,
+    lone: tuple[Tensor, ...] | None = None,
     behind_dispatch: bool = False,
 ) -> None:
     """Fill ``outputs`` (see ``align.align_block_size``); ``topk_ids`` contiguous.
 
-    ``lone`` (more than ``ONE_LAUNCH_PAIRS`` pairs): weights (M, K), and (S,) int32 that gets ``lone_weight``.
+    ``lone`` (more than ``ONE_LAUNCH_PAIRS`` pairs): weights (M, K), pairs (M * K, H) and out (M, H) of
+    ``destinations``, and what gets these, (S,) int64 and fp32.
     """
     if topk_ids.numel() > ONE_LAUNCH_PAIRS:
         _launch_two(topk_ids, valid_tokens, outputs, block_size, num_local_experts, local_expert_start, lone)

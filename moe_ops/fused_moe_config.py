@@ -46,8 +46,6 @@ class Plan:
     the first ones of each of its columns.
     ``slots`` (few rows): programs for each tile, about as many as there are local pairs; more pairs are looped over.
     0: one for each pair of a chunk, or for each expert where these are fewer.
-    ``tail`` (many rows, neither ``flat`` nor ``special``, ``programs`` 1): columns past the last whole tile, if at most
-    half a tile, are tiles of their own width.
     ``lone`` (many rows): 1: the second GEMM writes rows with one local pair to the result where it can; 2: and the
     first one's ``rest`` zeroes those without any.
     """
@@ -62,8 +60,7 @@ class Plan:
     pdl: bool = True
     prefetch: int = 0
     slots: int = 0
-    tail: bool = True
-    lone: int = 2
+    lone: int = 0
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:

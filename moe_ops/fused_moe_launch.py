@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import fused_moe_wide
-from .align import align_with_lone, launch_align
+from .align import align_with_destinations, launch_align
 from .align_kernels import ONE_LAUNCH_PAIRS
 from .fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan
 from .fused_moe_few_kernels import down_few_kernel, gate_up_few_kernel
@@ -155,13 +155,6 @@ def _quarters(plan: Plan) -> Plan:
     return replace(plan, gate_up=gate_up, down=down)
 
 
-def _tail(plan: Plan, tiles: Tiles, width: int) -> int:
-    """Columns of a tile for those past the last whole one: 0 where the last tile is as the others."""
-    past = width % tiles.block_n
-    apart = plan.tail and plan.programs == 1 and not tiles.flat and not tiles.special and width > tiles.block_n
-    return max(triton.next_power_of_2(past), 16) if apart and 0 < past <= tiles.block_n // 2 else 0
-
-
 def _has_rest(problem: Problem, plan: Plan) -> bool:
     sizes, element = (problem.hidden.shape[1], problem.inner), problem.hidden.element_size()
     return plan.rest and plan.tma and all(size * element % _TMA_ALIGN == 0 for size in sizes)
@@ -172,10 +165,10 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: int) 
     ids, inner, experts, block = problem.topk_ids, problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
     if block != plan.down.block_m:
         raise AssertionError(f"both GEMMs share the blocks of align: {plan}")
-    marks = None
+    places = None
     if lone:
-        aligned, marks = align_with_lone(
-            ids, problem.topk_weights, problem.valid_tokens, block, experts, problem.expert_start
+        aligned, places = align_with_destinations(
+            ids, problem.topk_weights, problem.valid_tokens, block, experts, problem.expert_start, pairs, problem.out
         )
     else:
         aligned = launch_align(
@@ -184,7 +177,7 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: int) 
     act = problem.hidden.new_empty(aligned[0].numel(), inner)
     plan = replace(plan, rest=_has_rest(problem, plan), lone=lone)
     _gate_up_many(problem, plan, aligned, act, sms)
-    _down_many(problem, plan, aligned, marks, act, pairs, sms)
+    _down_many(problem, plan, aligned, act, (pairs, *(places or aligned[:2])), sms)
 
 
 def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act: Tensor, sms: int) -> None:
@@ -197,11 +190,9 @@ def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act
         inner, form.alpha or 0.0, form.limit or 0.0,
     )  # fmt: skip
     weights, args = _gate_up(problem, plan)
-    tail = _tail(plan, plan.gate_up, inner)
-    last = _gate_up(problem, replace(plan, gate_up=replace(plan.gate_up, block_n=tail)))[0] if tail else weights
-    link |= {"GROUP": plan.group, "TAIL": tail}
+    link |= {"GROUP": plan.group}
     gate_up_many_kernel[(programs,)](
-        hidden, *aligned, weights, last, *rest, FLAT=plan.gate_up.flat, WHOLE=plan.rest, **link, **args
+        hidden, *aligned, weights, *rest, FLAT=plan.gate_up.flat, WHOLE=plan.rest, **link, **args
     )
     if plan.rest:
         weights, args = _gate_up(problem, _quarters(plan))
@@ -213,10 +204,9 @@ def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act
 
 
 def _down_many(
-    problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], lone: Tensor | None, act: Tensor, pairs: Tensor, sms: int
+    problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act: Tensor, out: tuple[Tensor, ...], sms: int
 ) -> None:  # fmt: skip
     (positions, inner), width, block = act.shape, problem.hidden.shape[1], plan.down.block_m
-    out = pairs, _or(lone, aligned[0]), problem.out
     link, bias = chain_link(plan.pdl, act.device), _or(problem.down_bias, problem.down)
     weights, args = _down(problem, plan)
     box_rows = args["TMA"] and inner * act.element_size() % _TMA_ALIGN == 0
@@ -227,21 +217,17 @@ def _down_many(
         args["num_warps"] *= 2
     rows = TensorDescriptor.from_tensor(act, [block, plan.down.block_k]) if box_rows and not special else act
     programs = min(positions // block * triton.cdiv(width, plan.down.block_n), sms * plan.programs)
-    (_, top_k), count, stride = problem.topk_ids.shape, problem.topk_ids.numel(), problem.out.stride(0)
-    tail = _tail(plan, plan.down, width)
-    last = _down(problem, replace(plan, down=replace(plan.down, block_n=tail)))[0] if tail else weights
-    link |= {"LONE": 0 if lone is None else top_k, "GROUP": plan.group, "TAIL": tail}
+    count = problem.topk_ids.numel()
+    link |= {"LONE": plan.lone > 0, "GROUP": plan.group}
     down_many_kernel[(programs,)](
-        rows, *aligned, weights, last, bias, *out, count, positions, width, inner, stride,
+        rows, *aligned, weights, bias, *out, count, positions, width, inner,
         BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, WHOLE=plan.rest, **link, **args,
     )  # fmt: skip
     if plan.rest:
         tiles = _quarters(plan).down
         weights, args = _down(problem, _quarters(plan))
         rows = TensorDescriptor.from_tensor(act, [tiles.block_m, tiles.block_k])
-        down_rest_kernel[(2 * sms,)](
-            rows, *aligned, weights, bias, *out, count, width, inner, stride, programs, **link, **args
-        )
+        down_rest_kernel[(2 * sms,)](rows, *aligned, weights, bias, *out, count, width, inner, programs, **link, **args)
 
 
 def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: Plan | None = None) -> None:

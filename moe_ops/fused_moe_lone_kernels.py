@@ -12,44 +12,64 @@ import triton.language as tl
 
 from .fused_moe_kernels import store_tile
 
-NOT_LONE = tl.constexpr(-1)  # bits of a NaN that no weight is stored with
-
 
 @triton.jit
-def lone_weight(ids_ptr, weights_ptr, pair, inside, expert_start, num_experts, TOP_K: tl.constexpr):
-    """Bits of each pair's weight in fp32 if the pair is its row's only local one, else NOT_LONE. ``pair`` int64.
+def destinations(
+    ids_ptr, weights_ptr, pairs_ptr, out_ptr, width, out_stride, pair, local, inside, expert_start, num_experts,
+    TOP_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Of each local pair the address (int64) of the row that it goes to, and what it is times (fp32) there.
 
-    ``pair`` is local itself. Example: K 2, ids [local, remote], [local, local]: the weight for pair 0, else NOT_LONE.
+    ``pair (CHUNK,)`` int64, consecutive, from a row's first one on if K divides CHUNK. A row's only local one goes to
+    ``out``, times its weight; others to ``pairs``, times 1. Example: K 2, ids [local, remote], [local, local]: pair 0
+    goes to row 0 of ``out``, pairs 2 and 3 to theirs.
     """
-    first, count = pair // TOP_K * TOP_K, tl.zeros_like(pair)
-    for slot in tl.static_range(TOP_K):
-        expert = tl.load(ids_ptr + first + slot, mask=inside, other=-1)
-        count += ((expert >= expert_start) & (expert < expert_start + num_experts)).to(tl.int64)
-    weight = tl.load(weights_ptr + pair, mask=inside, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
-    weight = tl.where(weight == NOT_LONE, 0x7FFFFFFF, weight)  # another NaN
-    return tl.where(count == 1, weight, NOT_LONE)
+    if CHUNK % TOP_K == 0:
+        count = tl.sum(tl.reshape(local.to(tl.int32), (CHUNK // TOP_K, TOP_K)), 1)
+        count = tl.reshape(tl.broadcast_to(count[:, None], (CHUNK // TOP_K, TOP_K)), (CHUNK,))
+    else:
+        first, count = pair // TOP_K * TOP_K, tl.zeros((CHUNK,), tl.int32)
+        for slot in tl.static_range(TOP_K):
+            expert = tl.load(ids_ptr + first + slot, mask=inside, other=-1)
+            count += ((expert >= expert_start) & (expert < expert_start + num_experts)).to(tl.int32)
+    weight = tl.load(weights_ptr + pair, mask=inside, other=0.0).to(tl.float32)
+    here, there = pairs_ptr + pair * width, out_ptr + pair // TOP_K * out_stride
+    place = tl.where(count == 1, there.to(tl.int64), here.to(tl.int64))
+    return place, tl.where(count == 1, weight, 1.0)
 
 
 @triton.jit
-def store_pairs(
-    pairs_ptr, pairs, row_mask, tile, width, acc, lone, out_ptr, out_stride, LONE: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Store a tile of the second GEMM: to its pairs' rows, or as ``topk_sum_kernel`` would to the result's.
+def load_places(sorted_ptr, place_ptr, factor_ptr, positions, LONE: tl.constexpr):
+    """What the rows of a block are: pairs, and again in place of a factor; with LONE their ``destinations``."""
+    if LONE:
+        return tl.load(place_ptr + positions), tl.load(factor_ptr + positions)
+    else:
+        pairs = tl.load(sorted_ptr + positions)
+        return pairs, pairs
 
-    LONE: K, or 0 where no pair is to go to the result. ``lone``: see ``lone_weight``; ``out`` in the pairs' dtype; rows
-    of both begin at multiples of 16 bytes.
+
+@triton.jit
+def is_pair(places, num_pairs, LONE: tl.constexpr):
+    """Which rows of a block are no padding, whose address is 0, or whose pair the sentinel."""
+    return places != 0 if LONE else places < num_pairs
+
+
+@triton.jit
+def store_pairs(pairs_ptr, places, row_mask, tile, width, acc, factor, LONE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store a tile of the second GEMM to the rows of pairs ``places``; with LONE where and as ``destinations`` says.
+
+    Then it is rounded as a pair's row is, and again as ``topk_sum_kernel`` rounds a sum of one. Rows begin at multiples
+    of 16 bytes.
     """
     if LONE:
         kind: tl.constexpr = pairs_ptr.dtype.element_ty
         cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight = tl.where(lone == NOT_LONE, 1.0, lone.to(tl.float32, bitcast=True))  # what it leaves is exact
-        value = acc.to(kind).to(tl.float32) * weight[:, None] + 0.0  # the sum begins with a zero, which decides -0
-        here, there = pairs_ptr + pairs.to(tl.int64) * width, out_ptr + (pairs // LONE).to(tl.int64) * out_stride
-        # said again: Triton 3.9 does not see it through the choice, and would store elements one by one
-        rows = tl.multiple_of(tl.where(lone == NOT_LONE, here, there), 16)
+        # the sum begins with a zero, which decides about -0; the factor 1 is exact
+        value = acc.to(kind).to(tl.float32) * factor[:, None] + 0.0
+        rows = tl.multiple_of(places.to(tl.pointer_type(kind)), 16)
         tl.store(rows[:, None] + cols[None, :], value.to(kind), mask=row_mask[:, None] & (cols < width)[None, :])
     else:
-        store_tile(pairs_ptr, pairs.to(tl.int64), row_mask, tile, width, acc, BLOCK_N)
+        store_tile(pairs_ptr, places.to(tl.int64), row_mask, tile, width, acc, BLOCK_N)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
-from .fused_moe_lone_kernels import store_pairs
+from .fused_moe_lone_kernels import is_pair, load_places, store_pairs
 
 
 @triton.jit
@@ -19,12 +19,6 @@ def grouped_tile(index, num_blocks, num_tiles, GROUP: tl.constexpr):
     size = tl.minimum(num_blocks - first, GROUP)
     inside = index % (GROUP * num_tiles)
     return first + inside % size, inside // size
-
-
-@triton.jit
-def tiles_of(width, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
-    """Tiles of ``width`` columns; with TAIL whole ones only."""
-    return width // BLOCK_N if TAIL > 0 else tl.cdiv(width, BLOCK_N)
 
 
 @triton.jit
@@ -45,18 +39,6 @@ def quarter(index, whole, num_blocks, num_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tail_block(index, tiles, num_blocks):
-    """The block whose columns past its ``tiles`` whole tiles come after item ``index``; ``num_blocks`` if none does.
-
-    Program p does those of blocks p, p + programs, ...: in rounds ``tiles`` apart, near those that have the block's
-    rows and experts in L2. Example: 2 tiles, 4 programs: after items 0 to 7 come blocks 0, 1, -, -, -, -, 2, 3.
-    """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    rounds = index // programs - program * tiles // programs
-    return tl.where((rounds >= 0) & (rounds % tiles == 0), program + rounds // tiles * programs, num_blocks)
-
-
-@triton.jit
 def across(values, SIZE: tl.constexpr):
     """``values (SIZE,)``, moved between threads here: a loop that carries them then has an element a thread.
 
@@ -67,121 +49,58 @@ def across(values, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _gate_up_item(
-    block, tile, x_ptr, sorted_ptr, expert_ids_ptr, w, bias_ptr, act_ptr,
-    num_pairs, x_stride, hidden, inner, alpha, limit,
-    TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    expert = tl.load(expert_ids_ptr + block)
-    first = block.to(tl.int64) * BLOCK_M
-    position = first + tl.arange(0, BLOCK_M)
-    pairs = tl.load(sorted_ptr + position)
-    rows = pairs < num_pairs
-    inner_rows = gate_up_tile(
-        x_ptr, (pairs // TOP_K).to(tl.int64) * x_stride, rows, w, bias_ptr, expert, tile, hidden, inner,
-        alpha, limit, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-    )  # fmt: skip
-    # padding rows too: the second projection reads whole blocks
-    store_tile(act_ptr, position, pairs <= num_pairs, tile, inner, inner_rows, BLOCK_N)
-
-
-@triton.jit
 def gate_up_many_kernel(
-    x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, tail_w, bias_ptr, act_ptr,
+    x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, act_ptr,
     num_pairs, x_stride, hidden, inner, alpha, limit,
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FLAT: tl.constexpr,
-    WHOLE: tl.constexpr, TAIL: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent.
 
-    WHOLE: only full rounds of the grid; ``gate_up_rest_kernel`` does what is left. TAIL: columns past the last whole
-    tile are tiles of so many (``tail_w``: ``w`` in such boxes), see ``tail_block``; else 0.
+    WHOLE: only full rounds of the grid; ``gate_up_rest_kernel`` does what is left.
     """
     if PDL:  # in this order: the kernel of what is left starts when align has ended
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     num_blocks = tl.load(total_ptr) // BLOCK_M
-    num_tiles = tiles_of(inner, BLOCK_N, TAIL)
-    end = num_blocks * num_tiles
-    items = whole_rounds(end, tl.num_programs(0)) if WHOLE else end
-    if TAIL:
-        end = tl.cdiv(end, tl.num_programs(0)) * tl.num_programs(0)
-    else:
-        end = items
+    num_tiles = tl.cdiv(inner, BLOCK_N)
+    items = num_blocks * num_tiles
+    if WHOLE:
+        items = whole_rounds(items, tl.num_programs(0))
     # FLAT: one loop over the depths of all tiles, so that a tile's first loads begin under the one before
-    for index in tl.range(tl.program_id(0), end, tl.num_programs(0), flatten=FLAT):
+    for index in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLAT):
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
-        if TAIL:
-            if index < items:
-                _gate_up_item(
-                    block, tile, x_ptr, sorted_ptr, expert_ids_ptr, w, bias_ptr, act_ptr, num_pairs, x_stride, hidden,
-                    inner, alpha, limit, TOP_K, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP,
-                    BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-                )  # fmt: skip
-            last = tail_block(index, num_tiles, num_blocks)
-            if last < num_blocks:
-                _gate_up_item(
-                    last, num_tiles * (BLOCK_N // TAIL), x_ptr, sorted_ptr, expert_ids_ptr, tail_w, bias_ptr, act_ptr,
-                    num_pairs, x_stride, hidden, inner, alpha, limit, TOP_K, ACT, GATED, TRANSPOSED, INTERLEAVED,
-                    HAS_BIAS, HAS_LIMIT, TMA, SWAP, BLOCK_M, TAIL, BLOCK_K, EVEN_K,
-                )  # fmt: skip
-        else:
-            _gate_up_item(
-                block, tile, x_ptr, sorted_ptr, expert_ids_ptr, w, bias_ptr, act_ptr, num_pairs, x_stride, hidden,
-                inner, alpha, limit, TOP_K, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
-            )  # fmt: skip
-
-
-@triton.jit
-def _down_item(
-    block, tile, act, sorted_ptr, expert_ids_ptr, w, bias_ptr, pairs_ptr, lone_ptr, out_ptr,
-    num_pairs, hidden, inner, out_stride,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, BOX_ROWS: tl.constexpr, LONE: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SPECIAL: tl.constexpr,
-):  # fmt: skip
-    expert = tl.load(expert_ids_ptr + block)
-    first = block.to(tl.int64) * BLOCK_M
-    pairs = tl.load(sorted_ptr + first + tl.arange(0, BLOCK_M))
-    rows = pairs < num_pairs
-    lone = tl.load(lone_ptr + first + tl.arange(0, BLOCK_M)) if LONE > 0 else pairs
-    if BOX_ROWS:
-        where = first.to(tl.int32)
-    else:
-        where = (first + tl.arange(0, BLOCK_M)) * inner
-    acc = down_tile(
-        act, where, rows, w, bias_ptr, expert, tile, hidden, inner,
-        TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BOX_ROWS,
-    )  # fmt: skip
-    if LONE > 0 and not SPECIAL:
-        pairs, lone = across(pairs, BLOCK_M), across(lone, BLOCK_M)
+        expert = tl.load(expert_ids_ptr + block)
+        first = block.to(tl.int64) * BLOCK_M
+        position = first + tl.arange(0, BLOCK_M)
+        pairs = tl.load(sorted_ptr + position)
         rows = pairs < num_pairs
-    store_pairs(pairs_ptr, pairs, rows, tile, hidden, acc, lone, out_ptr, out_stride, LONE, BLOCK_N)
+        inner_rows = gate_up_tile(
+            x_ptr, (pairs // TOP_K).to(tl.int64) * x_stride, rows, w, bias_ptr, expert, tile, hidden, inner,
+            alpha, limit, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+        )  # fmt: skip
+        # padding rows too: the second projection reads whole blocks
+        store_tile(act_ptr, position, pairs <= num_pairs, tile, inner, inner_rows, BLOCK_N)
 
 
 @triton.jit
 def down_many_kernel(
-    act, sorted_ptr, expert_ids_ptr, total_ptr, w, tail_w, bias_ptr, pairs_ptr, lone_ptr, out_ptr,
-    num_pairs, positions, hidden, inner, out_stride,
+    act, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, pairs_ptr, place_ptr, factor_ptr,
+    num_pairs, positions, hidden, inner,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BOX_ROWS: tl.constexpr, LONE: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FLAT: tl.constexpr,
-    SPECIAL: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr,
+    SPECIAL: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """``pairs[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent.
 
-    LONE: a row's only local pair goes to ``out`` instead, weighted: see ``store_pairs``.
+    LONE: to address ``place[position]`` instead, times ``factor[position]``: see ``fused_moe_lone_kernels``.
     ``act``: (S, I), with BOX_ROWS its descriptor: a block's rows lie one after the other. SPECIAL (BLOCK_M 128, four
     warps): one group of warps loads, two multiply 64 rows each and store while their next tile is being loaded.
-    WHOLE, TAIL: as in ``gate_up_many_kernel``.
     """
     if PDL:  # in this order: the kernel of what is left starts when align has ended
         tl.extra.cuda.gdc_wait()
@@ -189,32 +108,25 @@ def down_many_kernel(
     if SPECIAL:  # made here: the groups take half boxes, which a descriptor made by the host cannot follow
         act = tl.make_tensor_descriptor(act, [positions, inner], [inner, 1], [BLOCK_M, BLOCK_K])
     num_blocks = tl.load(total_ptr) // BLOCK_M
-    num_tiles = tiles_of(hidden, BLOCK_N, TAIL)
-    end = num_blocks * num_tiles
-    items = whole_rounds(end, tl.num_programs(0)) if WHOLE else end
-    if TAIL:
-        end = tl.cdiv(end, tl.num_programs(0)) * tl.num_programs(0)
-    else:
-        end = items
-    for index in tl.range(tl.program_id(0), end, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIAL):
+    num_tiles = tl.cdiv(hidden, BLOCK_N)
+    items = num_blocks * num_tiles
+    if WHOLE:
+        items = whole_rounds(items, tl.num_programs(0))
+    for index in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIAL):
         block, tile = grouped_tile(index, num_blocks, num_tiles, GROUP)
-        if TAIL:
-            if index < items:
-                _down_item(
-                    block, tile, act, sorted_ptr, expert_ids_ptr, w, bias_ptr, pairs_ptr, lone_ptr, out_ptr, num_pairs,
-                    hidden, inner, out_stride, TRANSPOSED, HAS_BIAS, BOX_ROWS, LONE, TMA, SWAP,
-                    BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SPECIAL,
-                )  # fmt: skip
-            last = tail_block(index, num_tiles, num_blocks)
-            if last < num_blocks:
-                _down_item(
-                    last, num_tiles * (BLOCK_N // TAIL), act, sorted_ptr, expert_ids_ptr, tail_w, bias_ptr, pairs_ptr,
-                    lone_ptr, out_ptr, num_pairs, hidden, inner, out_stride, TRANSPOSED, HAS_BIAS, BOX_ROWS, LONE,
-                    TMA, SWAP, BLOCK_M, TAIL, BLOCK_K, EVEN_K, SPECIAL,
-                )  # fmt: skip
+        expert = tl.load(expert_ids_ptr + block)
+        first = block.to(tl.int64) * BLOCK_M
+        place, factor = load_places(sorted_ptr, place_ptr, factor_ptr, first + tl.arange(0, BLOCK_M), LONE)
+        rows = is_pair(place, num_pairs, LONE)
+        if BOX_ROWS:
+            where = first.to(tl.int32)
         else:
-            _down_item(
-                block, tile, act, sorted_ptr, expert_ids_ptr, w, bias_ptr, pairs_ptr, lone_ptr, out_ptr, num_pairs,
-                hidden, inner, out_stride, TRANSPOSED, HAS_BIAS, BOX_ROWS, LONE, TMA, SWAP,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SPECIAL,
-            )  # fmt: skip
+            where = (first + tl.arange(0, BLOCK_M)) * inner
+        acc = down_tile(
+            act, where, rows, w, bias_ptr, expert, tile, hidden, inner,
+            TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, BOX_ROWS,
+        )  # fmt: skip
+        if LONE and not SPECIAL:
+            place, factor = across(place, BLOCK_M), across(factor, BLOCK_M)
+            rows = is_pair(place, num_pairs, LONE)
+        store_pairs(pairs_ptr, place, rows, tile, hidden, acc, factor, LONE, BLOCK_N)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
-from .fused_moe_lone_kernels import store_pairs, zero_rows
-from .fused_moe_many_kernels import quarter, tiles_of, whole_rounds
+from .fused_moe_lone_kernels import is_pair, load_places, store_pairs, zero_rows
+from .fused_moe_many_kernels import quarter, whole_rounds
 
 
 @triton.jit
@@ -22,8 +22,7 @@ def gate_up_rest_kernel(
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TAIL: tl.constexpr,
-    ZEROS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """Quarters of the tiles that ``gate_up_many_kernel`` with ``programs`` programs leaves. Grid: any.
 
@@ -31,7 +30,7 @@ def gate_up_rest_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tiles_of(inner, 2 * BLOCK_N, TAIL)
+    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tl.cdiv(inner, 2 * BLOCK_N)
     whole = whole_rounds(num_blocks * num_tiles, programs)
     for index in range(tl.program_id(0), 4 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
         block, half, tile = quarter(index, whole, num_blocks, num_tiles, GROUP)
@@ -51,26 +50,26 @@ def gate_up_rest_kernel(
 
 @triton.jit
 def down_rest_kernel(
-    act, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, pairs_ptr, lone_ptr, out_ptr,
-    num_pairs, hidden, inner, out_stride, programs,
+    act, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, pairs_ptr, place_ptr, factor_ptr,
+    num_pairs, hidden, inner, programs,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, LONE: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Quarters of the tiles that ``down_many_kernel`` with ``programs`` programs leaves. Grid: any."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tiles_of(hidden, 2 * BLOCK_N, TAIL)
+    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tl.cdiv(hidden, 2 * BLOCK_N)
     whole = whole_rounds(num_blocks * num_tiles, programs)
     for index in range(tl.program_id(0), 4 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
         block, half, tile = quarter(index, whole, num_blocks, num_tiles, GROUP)
         first = (2 * block + half) * BLOCK_M
-        pairs = tl.load(sorted_ptr + first + tl.arange(0, BLOCK_M))
-        lone = tl.load(lone_ptr + first + tl.arange(0, BLOCK_M)) if LONE > 0 else pairs
+        place, factor = load_places(sorted_ptr, place_ptr, factor_ptr, first + tl.arange(0, BLOCK_M), LONE)
+        rows = is_pair(place, num_pairs, LONE)
         acc = down_tile(
-            act, first, pairs < num_pairs, w, bias_ptr, tl.load(expert_ids_ptr + block), tile, hidden, inner,
+            act, first, rows, w, bias_ptr, tl.load(expert_ids_ptr + block), tile, hidden, inner,
             TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True,
         )  # fmt: skip
-        store_pairs(pairs_ptr, pairs, pairs < num_pairs, tile, hidden, acc, lone, out_ptr, out_stride, LONE, BLOCK_N)
+        store_pairs(pairs_ptr, place, rows, tile, hidden, acc, factor, LONE, BLOCK_N)
     if PDL:
         tl.extra.cuda.gdc_wait()

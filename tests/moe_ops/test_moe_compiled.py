@@ -28,13 +28,13 @@ from moe_ops.fused_moe_config import Plan, Shape, Tiles, default_plan, invariant
 QWEN = {tokens: Shape(128, 8, 2048, 768, tokens) for tokens in (1, 16, 64, 512, 8192)}
 INTS = (
     "num_rows", "x_stride", "expert_start", "num_experts", "hidden", "inner", "num_pairs", "top_k", "sorted_size",
-    "out_stride", "share", "positions", "programs",
+    "out_stride", "share", "positions", "programs", "width",
 )  # fmt: skip
-DIVISIBLE = ("x_stride", "hidden", "inner", "out_stride")  # by 16, which lets loads be wide
+DIVISIBLE = ("x_stride", "hidden", "inner", "out_stride", "width")  # by 16, which lets loads be wide
 FORM = {
     "TOP_K": 8, "ACT": "silu", "GATED": True, "TRANSPOSED": False, "INTERLEAVED": False, "HAS_BIAS": False,
     "HAS_LIMIT": False, "TMA": True, "EVEN_K": True, "PDL": True, "BOX_ROWS": True, "GROUP": 8, "BY_PAIR": False,
-    "LONE": 0, "TAIL": 0, "ZEROS": True,
+    "LONE": False, "ZEROS": True,
 }  # fmt: skip
 
 
@@ -57,13 +57,13 @@ def _type_of(name: str, box: dict[str, str]) -> str:
         return "fp32"
     if name in INTS:
         return "i32"
-    if name == "ids_ptr":
+    if name in ("ids_ptr", "place_ptr"):
         return "*i64"
-    if name == "weights_ptr":
+    if name in ("weights_ptr", "factor_ptr"):
         return "*fp32"
     if name == "counts_ptr":
         return "*i16"
-    return "*i32" if name in ("valid_ptr", "sorted_ptr", "expert_ids_ptr", "total_ptr", "lone_ptr") else "*bf16"
+    return "*i32" if name in ("valid_ptr", "sorted_ptr", "expert_ids_ptr", "total_ptr") else "*bf16"
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, box: dict[str, str]) -> Code:
@@ -239,13 +239,13 @@ LONE_TILES = {
 def test_rows_for_the_result_cost_no_second_store_and_no_spill(name):
     tiles = LONE_TILES[name]
     rest = fused_moe_rest_kernels.down_rest_kernel if name == "rest" else fused_moe_many_kernels.down_many_kernel
-    without, code = (_gemm(rest, Plan(tiles, tiles), tiles, 1, LONE=top_k) for top_k in (0, 8))
+    without, code = (_gemm(rest, Plan(tiles, tiles), tiles, 1, LONE=lone) for lone in (False, True))
     stores = [c.ptx.count("st.global.v4") for c in (without, code)]
     assert stores[0] == stores[1] > 0 and "st.global.b16" not in code.ptx
     assert code.stack == 0
     if tiles.flat:  # what a loop over all tiles carries is an element a thread
         loops = [line for line in code.ttgir.splitlines() if "scf.for" in line and "iter_args" in line]
-        assert loops and not any("xi32, #ttg.slice" in loop for loop in loops)
+        assert loops and not any("xi32, #ttg.slice" in loop or "xi64, #ttg.slice" in loop for loop in loops)
 
 
 def test_many_rows_wait_for_align_before_others_may_start():
