@@ -35,14 +35,26 @@ class KeepRotations:
     name = "keep_rotations"
 
     def run(self, graph: Graph, rounding: str = "compiled") -> Outcome:
-        """Rewrite ``graph``; the outcome lists every sine and cosine that is kept."""
+        """Rewrite ``graph``; the outcome lists every sine and cosine: kept, or why not."""
         outcome = Outcome(self.name)
         for target in (aten.cos.default, aten.sin.default):
             for node in graph.find_nodes(op="call_function", target=target):
                 value = _scaled(node)
-                if value.meta["val"].dtype == torch.float32 and _readers(value) >= MIN_READERS:
+                if reason := _refuse(value):
+                    outcome.refuse(node, reason)
+                else:
                     outcome.done.append(_keep(value, node))
         return outcome
+
+
+def _refuse(value: Node) -> str | None:
+    """Why ``value`` is computed anew wherever it is read, or None."""
+    dtype, readers = value.meta["val"].dtype, _readers(value)
+    if dtype != torch.float32:
+        return f"{dtype}: what is kept would be rounded, and Inductor's fused code does not round it"
+    if readers < MIN_READERS:
+        return f"{readers} readers: less than {MIN_READERS}, for which a buffer costs as much as it saves"
+    return None
 
 
 def _scaled(node: Node) -> Node:

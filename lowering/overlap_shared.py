@@ -39,6 +39,9 @@ from .report import Outcome
 aten, prims = torch.ops.aten, torch.ops.prims
 MAX_ROWS = 64  # 128 are slower beside (2709 us, 2705 behind; Qwen2-MoE 221, 212), 32 faster (2 H200s, bench_overlap)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default)
+PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # and which argument is their input
+LARGEST_ACTIVATION = 40  # nodes; gelu has about ten
+OTHER_ACTIVATION = "no silu(gate) * up of two products without bias, or of the halves of one, gate first"
 LAYER = (
     "hidden", "topk_ids", "topk_weights", "gate_up", "down", "local_tokens", "metadata", "local_expert_start",
     "max_tokens",
@@ -105,6 +108,7 @@ class OverlapShared:
         outcome = Outcome(self.name)
         layers = list(effect_ops(graph, "moe_layer"))
         activations = [found for node in graph.nodes if layers and (found := _activation(node))]
+        others = _others(graph, {strip_views(layer.arguments["hidden"]) for layer in layers}, activations)
         for layer in reversed(layers):  # a layer's replacement renames what the next one reads
             x = strip_views(layer.arguments["hidden"])
             for activation in activations:
@@ -117,7 +121,36 @@ class OverlapShared:
                 outcome.refuse(activation.mul, match)
         outcome.done.reverse()
         outcome.refused.reverse()
+        for name, reason in others:
+            outcome.refuse(name, reason)
         return outcome
+
+
+def _others(graph: Graph, inputs: set[Node], activations: list[Activation]) -> list[tuple[str, str]]:
+    """``(name, reason)`` of what looks like a shared expert and is none of a layer, before anything is rewritten."""
+    of_others = [found for found in activations if found.x not in inputs]
+    reasons = [(found.mul.name, f"it reads {found.x.name}, which is no layer's input") for found in of_others]
+    known = {found.mul for found in activations}
+    for mul in graph.find_nodes(op="call_function", target=aten.mul.Tensor) if inputs else ():
+        if mul not in known and any(reader.target in PRODUCTS for reader in readers(mul)) and _comes_from(mul, inputs):
+            reasons.append((mul.name, OTHER_ACTIVATION))
+    return reasons
+
+
+def _comes_from(mul: Node, inputs: set[Node]) -> bool:
+    """Whether ``mul`` is computed from products of one of ``inputs``, and from nothing else."""
+    seen, stack = {mul}, [mul]
+    while stack and len(seen) < LARGEST_ACTIVATION:
+        node = stack.pop()
+        if node.target in PRODUCTS:
+            if strip_views(node.args[PRODUCTS[node.target]]) not in inputs:
+                return False
+            continue
+        if node.op != "call_function" or torch_compat.is_effect(node):
+            return False
+        stack += [parent for parent in node.all_input_nodes if parent not in seen]
+        seen.update(node.all_input_nodes)
+    return not stack
 
 
 def _match(layer: EffectOp, activation: Activation) -> SharedExpertMatch | str:

@@ -13,7 +13,7 @@ unroll_topk          a router's top-k becomes maxima, which Inductor joins with 
 join_attention       norms, rotation and cache writes of a new token become part of its attention
 keep_rotations       sine and cosine of the positions once a step, not in every layer
 merge_products       a small batch times several weights is one launch
-elide_barriers       says of every wait for peers why it stays or is not needed; changes nothing
+elide_barriers       a layer's entry wait goes where another op met before; says of every wait why it stays or not
 agreement            ranks compare what they compiled before they first communicate
 ===================  ===========================================================================
 

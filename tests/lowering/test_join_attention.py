@@ -133,6 +133,21 @@ def test_refused_where_the_op_is_not_registered(monkeypatch: pytest.MonkeyPatch)
     assert [refusal.reason for refusal in outcome.refused] == ["moe_ep::rotate_and_attend is not registered"]
 
 
+def test_no_decode_attention_is_no_match():
+    """torch's own attention, rotated and cached in the same way: nothing to do, and nothing to say."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, column: Tensor) -> Tensor:
+        keys[torch.arange(B)[:, None], :, column[:, None]] = k.view(B, 1, KV, DEPTH)
+        query, value = q.view(B, HEADS, 1, DEPTH), v.view(B, KV, 1, DEPTH).repeat(1, 1, LENGTH, 1)
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, value, enable_gqa=True)
+
+    given = arguments()
+    module, _ = inference_graph(plain, *given[:3], given[6], given[8], **IN_PLACE)
+    before = text(module.graph)
+    outcome = PASS.run(module.graph)
+    assert not outcome.done and not outcome.refused and text(module.graph) == before
+
+
 def test_different_angles_are_refused():
     def two_angles(q, k, v, wq, wk, angles, keys, values, column, mask):
         cos, sin = (function(angles)[:, None, None].to(q.dtype) for function in (torch.cos, torch.sin))

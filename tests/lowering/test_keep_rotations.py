@@ -1,6 +1,7 @@
 """Sine and cosine kept for all layers."""
 
 import re
+from collections.abc import Callable
 
 import torch
 from expecttest import assert_expected_inline
@@ -49,9 +50,34 @@ div = div.Tensor(in1, unsqueeze)
 return (mul_1, add, sub, div)""")
 
 
-def test_few_readers_are_left_alone():
-    module, _ = inference_graph(lambda angles, x: [x * angles.cos(), x + angles.cos()], torch.ones(2), torch.ones(2))
-    assert not KeepRotations().run(module.graph).done
+def refused(function: Callable, angles: Tensor, x: Tensor) -> list[str]:
+    """Why the pass leaves the graph as it is."""
+    module, _ = inference_graph(function, angles, x)
+    before = text(module.graph)
+    outcome = KeepRotations().run(module.graph)
+    assert not outcome.done and text(module.graph) == before
+    return [f"{refusal.node}: {refusal.reason}" for refusal in outcome.refused]
+
+
+def test_refused():
+    def two_readers(angles: Tensor, x: Tensor) -> list[Tensor]:
+        cos = angles.cos()
+        return [x * cos, x + cos]
+
+    def in_double(angles: Tensor, x: Tensor) -> list[Tensor]:
+        sin = angles.sin()
+        return [x * sin, x + sin, x - sin, x / sin]
+
+    assert refused(two_readers, torch.ones(2), torch.ones(2)) == [
+        "cos: 2 readers: less than 4, for which a buffer costs as much as it saves"
+    ]
+    assert refused(in_double, torch.ones(2).double(), torch.ones(2)) == [
+        "sin: torch.float64: what is kept would be rounded, and Inductor's fused code does not round it"
+    ]
+
+
+def test_nothing_to_keep():
+    assert refused(lambda angles, x: x * angles.exp(), torch.ones(2), torch.ones(2)) == []
 
 
 def test_inductor_computes_it_once_and_to_the_same_bits():

@@ -10,12 +10,16 @@ from torch import Tensor
 from torch._inductor import config
 
 import lowering
+from graphs import experts, hf_compat
+from graphs.experts import ExpertParallelState
 from lowering import overlap_shared, torch_compat
 from lowering.passes import Options, run_passes
+from tests.graphs.serve_cases import served_model
 from tests.lowering.layers import H, batch, inference_graph, routed, text, weights
 
 COUNT = torch.tensor([5], dtype=torch.int32)
 S = 48
+CPU = torch.device("cpu")
 
 
 def shared_weights() -> dict[str, Tensor]:
@@ -84,6 +88,21 @@ def another_activation(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], co
     return routed(x, w, count) + F.linear(F.gelu(F.linear(x, s["gate"])) * F.linear(x, s["up"]), s["down"])
 
 
+def with_biases(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    gate, up = (F.linear(x, s[name], s[name].sum(1)) for name in ("gate", "up"))
+    return routed(x, w, count) + F.linear(F.silu(gate) * up, s["down"])
+
+
+def no_shared_expert(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    return routed(x, w, count) * torch.sigmoid(F.linear(x, s["sigmoid"]))
+
+
+NOT_MATCHED = (
+    activation_read_twice, projection_read_twice, of_another_input, halves_swapped, another_activation, with_biases,
+    no_shared_expert,
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
@@ -122,11 +141,41 @@ return (view_default)""",  # noqa: E501
     assert done == ["with_effects_6: mm_3 of permute, permute_1 runs beside the layer"] and not refused
 
 
+def test_the_graph_of_glm4_in_transformers():
+    """Router, routed experts, shared expert and residual of one layer, as its own code has them."""
+    model = served_model("glm4_moe", torch.bfloat16)
+    experts.share_state(hf_compat.experts_modules(model).values(), ExpertParallelState("local", 0, 2, 8, CPU))
+    model.set_experts_implementation(experts.NAME)
+    module, _ = inference_graph(lambda x: x + model.model.layers[1].mlp(x), batch().repeat(1, 4).view(8, 1, 4 * H))
+    outcome = run_passes(module.graph, Options(frozenset({"agreement"}))).outcome("overlap_shared")
+    graph = text(module.graph)
+    assert_expected_inline(
+        graph[graph.index("view_4 = ") :],
+        """\
+view_4 = view(in0, [-1, 128])
+full_1 = full([1], 8, dtype=torch.int32, device=cpu, pin_memory=False)
+with_effects = !metadata_update(_make_token_default, full_1, 'local')
+getitem_6 = with_effects[0]
+getitem_7 = with_effects[1]
+slice_1 = slice.Tensor(getitem_7, 0, 0, 1)
+permute_1 = permute(in3, [1, 0])
+permute_2 = permute(in4, [1, 0])
+permute_3 = permute(in5, [1, 0])
+view_default = view(in0, [8, 128])
+with_effects_6 = !moe_layer_shared(getitem_6, view_4, getitem_5, mul, in6, in7, full_1, getitem_7, 0, 16, [view_default], view_4, [permute_1, permute_2], permute_3, 0, 'local', entry_barrier=False, experts_per_rank=0, scale=1.0, round_each=False, combine_dtype=torch.bfloat16, norm_weight=None, norm_eps=0.0, norm_shift=0.0, norm_round_first=True, activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False, shared_round_each=False)
+getitem_20 = with_effects_6[0]
+getitem_21 = with_effects_6[1]
+getitem_22 = with_effects_6[2]
+view_default_1 = view(getitem_21, [8, 1, 128])
+return (view_default_1, getitem_7)""",  # noqa: E501
+    )
+    assert outcome.done == ["with_effects_6: mm_3 of permute_1, permute_2 runs beside the layer"]
+    assert not outcome.refused
+
+
 def test_what_is_done_and_refused():
     lines = []
-    for model in (
-        *MODELS, activation_read_twice, projection_read_twice, of_another_input, halves_swapped, another_activation,
-    ):  # fmt: skip
+    for model in (*MODELS, *NOT_MATCHED):
         for rounding in ("compiled", "eager"):
             graph, done, refused = lower(model, rounding)
             assert graph.count("!moe_layer_shared") == len(done)
@@ -150,12 +199,16 @@ activation_read_twice compiled: mul: mm_3, relu: no single matrix product reads 
 activation_read_twice eager: mul: mm_3, relu: no single matrix product reads it
 projection_read_twice compiled: mul: mm has 2 readers
 projection_read_twice eager: mul: mm has 2 readers
-of_another_input compiled: nothing found
-of_another_input eager: nothing found
-halves_swapped compiled: nothing found
-halves_swapped eager: nothing found
-another_activation compiled: nothing found
-another_activation eager: nothing found""",  # noqa: E501
+of_another_input compiled: mul: it reads add, which is no layer's input
+of_another_input eager: mul: it reads add, which is no layer's input
+halves_swapped compiled: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
+halves_swapped eager: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
+another_activation compiled: mul_3: no silu(gate) * up of two products without bias, or of the halves of one, gate first
+another_activation eager: mul_3: no silu(gate) * up of two products without bias, or of the halves of one, gate first
+with_biases compiled: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
+with_biases eager: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
+no_shared_expert compiled: nothing found
+no_shared_expert eager: nothing found""",  # noqa: E501
     )
 
 

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from expecttest import assert_expected_inline
 from torch import Tensor
+from torch.fx import Graph
 
 import moe_ops
 from lowering import AgreementError, route_rows
@@ -17,7 +19,7 @@ from moe_ops.emulator import Rank, run_ranks
 from moe_ops.errors import ArgumentError
 from moe_ops.placement import Placements
 from moe_ops.workspace import resolve
-from tests.lowering.layers import T, batch, inference_graph, routed, weights
+from tests.lowering.layers import T, batch, inference_graph, routed, text, weights
 
 ops = torch.ops.moe_ep
 COUNT = torch.tensor([5], dtype=torch.int32)
@@ -53,22 +55,39 @@ def two_layers(x: Tensor, w: dict[str, Tensor], count: Tensor) -> Tensor:
     return x
 
 
-def lower(monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuple[list[int], list[str]]:
-    """``experts_per_rank`` of each layer, and what the pass said, for a rank 0 of three that holds four experts."""
+def lower(monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuple[Graph, list[str]]:
+    """The graph, and what the pass said, for a rank 0 of three that holds four experts."""
     told = Placements([tuple((4 * rank, 4) for rank in range(3))])
     facts = {"rank": 0, "world_size": 3, "transport": "p2p", "placements": told} | changes
     monkeypatch.setattr(route_rows, "get_workspace", lambda group: SimpleNamespace(**facts))
     module, _ = inference_graph(two_layers, batch(), weights(), COUNT)
     outcome = run_passes(module.graph, Options(frozenset({"agreement"}))).outcome("route_rows")
-    layers = effect_ops(module.graph, "moe_layer")
-    said = [*outcome.done, *(refusal.reason for refusal in outcome.refused)]
-    return [layer.arguments["experts_per_rank"] for layer in layers], said
+    return module.graph, [*outcome.done, *(refusal.reason for refusal in outcome.refused)]
+
+
+def splits(graph: Graph) -> list[int]:
+    """``experts_per_rank`` of each layer."""
+    return [layer.arguments["experts_per_rank"] for layer in effect_ops(graph, "moe_layer")]
+
+
+def test_graph(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(route_rows, "LEAST_BYTES", 0)
+    routed_only, _ = lower(monkeypatch)
+    assert_expected_inline(
+        "\n".join(line for line in text(routed_only).splitlines() if "!" in line),
+        """\
+with_effects = !metadata_update(_make_token_default, in0, 'local')
+with_effects_8 = !moe_layer(getitem, in1, getitem_3, getitem_2, in3, in4, in0, getitem_1, 0, 24, [], 'local', scale=1.0, round_each=True, combine_dtype=None, norm_weight=None, norm_eps=0.0, norm_shift=0.0, norm_round_first=True, activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False, experts_per_rank=4, entry_barrier=False)
+with_effects_9 = !moe_layer(getitem_24, add, getitem_13, getitem_12, in3, in4, in0, getitem_1, 0, 24, [], 'local', scale=1.0, round_each=True, combine_dtype=None, norm_weight=None, norm_eps=0.0, norm_shift=0.0, norm_round_first=True, activation=silu, alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None, tokens_hint=None, batch_invariant=False, experts_per_rank=4, entry_barrier=False)""",  # noqa: E501
+    )
+    to_all, _ = lower(monkeypatch, placements=Placements())
+    assert text(to_all) == text(routed_only).replace("experts_per_rank=4, ", "")
 
 
 def test_every_layer_gets_its_split(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(route_rows, "LEAST_BYTES", 0)
-    layers, said = lower(monkeypatch)
-    assert layers == [4, 4] and len(said) == 2
+    graph, said = lower(monkeypatch)
+    assert splits(graph) == [4, 4] and len(said) == 2
     # 24 rows of 64 bytes, two thirds of them from others, of which 4 in 9 have neither expert here
     said_of_bytes = "about 455 bytes stay off the wire to each rank, and from each"
     assert said[0].endswith(f"4 experts on each of 3 ranks; {said_of_bytes}")
@@ -86,12 +105,13 @@ def test_every_layer_gets_its_split(monkeypatch: pytest.MonkeyPatch):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refusals(monkeypatch: pytest.MonkeyPatch, changes: dict, reason: str):
-    layers, said = lower(monkeypatch, **changes)
-    assert layers == [0, 0] and len(said) == 2 and all(text.startswith(reason) for text in said)
+    graph, said = lower(monkeypatch, **changes)
+    assert splits(graph) == [0, 0] and len(said) == 2 and all(text.startswith(reason) for text in said)
 
 
 def test_one_rank_is_not_mentioned(monkeypatch: pytest.MonkeyPatch):
-    assert lower(monkeypatch, world_size=1) == ([0, 0], [])
+    graph, said = lower(monkeypatch, world_size=1)
+    assert splits(graph) == [0, 0] and not said
 
 
 # ---- whole layers in the emulator ----
