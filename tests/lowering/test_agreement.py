@@ -95,6 +95,7 @@ def compile_and_run(rank: int, ranks: int, case: str, emit: Emit) -> dict[str, A
     rows = 8 - 3 * rank if case == "capacity" else 8
     layers = 2 if case == "layers" and rank == 1 else 1
     max_tokens = 20 if case == "shape" and rank == 1 else 16
+    lowering.enable(without=["elide_barriers"] if case == "meetings" and rank == 1 else [])
 
     def model(x: Tensor, w: dict[str, Tensor], count: Tensor) -> Tensor:
         for _ in range(layers):
@@ -136,6 +137,16 @@ def test_a_difference_is_an_error_that_shows_both(case: str):
         assert "agree: ranks compiled different communication." in error
         assert f"Rank {rank}: " in error and f"Rank {1 - rank}: " in error
         assert ("2 x [" in error) == (case == "layers") and ("max_tokens=20" in error) == (case == "shape")
+
+
+def test_a_rank_that_keeps_its_meetings_is_told_before_the_first():
+    """One rank leaves ``elide_barriers`` out. Its layer would wait for a meeting to which nobody comes."""
+    for rank, report in enumerate(two_ranks("meetings")):
+        kept, dropped = (f"Rank {number}: metadata_update(); moe_layer(" for number in (1, 0))
+        mine, _, theirs = report["error"].partition(f". Rank {1 - rank}: ")
+        text = {rank: mine, 1 - rank: f"Rank {1 - rank}: {theirs}"}
+        assert kept in text[1] and "entry_barrier=True" in text[1] and "entry_barrier=False" not in text[1]
+        assert dropped in text[0] and "entry_barrier=False" in text[0] and "entry_barrier=True" not in text[0]
 
 
 def test_a_rank_that_does_not_come_is_an_error_not_a_hang():
