@@ -1,0 +1,82 @@
+"""What users of an H200 run: plans of the committed table, compiled here, and those that batch-invariant mode takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moe_ops.fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan, load_table
+from tests.moe_ops.launched import GPU, launches, table_plans, usage
+
+PLANS = {f"{shape.key()} T={shape.tokens}": (shape, plan) for shape, plan in table_plans()}
+# A point of each regime of the benchmark's shapes; ``python -m tests.moe_ops.launched`` compiles the whole table.
+POINTS = [
+    *(f"E128-K8-H2048-I768 T={tokens}" for tokens in (4, 128, 2048)),
+    *(f"E16-K8-H2048-I768 T={tokens}" for tokens in (128, 512, 8192)),
+    *(f"E8-K2-H4096-I14336 T={tokens}" for tokens in (16, 128, 256)),
+    *(f"E32-K8-H7168-I2048 T={tokens}" for tokens in (16, 512, 8192)),
+    *(f"E128-K4-H2880-I2880 T={tokens}" for tokens in (4, 512, 8192)),
+]
+# Instructions that spill, with Triton 3.9, where a plan is the fastest all the same: one register.
+SPILLS = {("E16-K8-H2048-I768 T=128", "gate_up_few_kernel"): 2}
+SHARED = 228 * 1024  # of an SM, bytes; each program takes 1024 more than it asks for
+TOKENS = sorted({1, 2, 3, 5, 33, 1000, 4097, 20000} | {near for n in range(14) for near in (2**n, 2**n + 1)})
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_plans_of_the_table_fit_and_spill_nothing(point):
+    """Compiled with the arguments of the launch: descriptors, strides, what is left of a last round."""
+    (_, plan), seen = PLANS[point], launches(*PLANS[point])
+    assert seen[-1].kernel.startswith("topk_sum")
+    gemms = [launch for launch in seen if launch.kernel.startswith(("gate_up", "down"))]
+    assert len(gemms) == (4 if plan.rest else 2)
+    for launch in gemms:
+        code, tiles = launch.compiled(), plan.gate_up if launch.kernel.startswith("gate_up") else plan.down
+        used, programs = usage(code), 2 if "rest" in launch.kernel else 1
+        assert used.spills <= SPILLS.get((point, launch.kernel), 0), launch.kernel
+        assert programs * (used.shared + 1024) <= SHARED, launch.kernel
+        assert ("wgmma.mma_async" in code.asm["ptx"]) == (tiles.swap or tiles.block_m >= 64), launch.kernel
+        assert "cp.async.bulk.tensor" in code.asm["ptx"]
+
+
+def test_a_kernel_that_spills_would_show():
+    """Four warps hold a tile of 128 x 256 in all of their registers."""
+    tiles = Tiles(128, 256, 64, 4, 3)
+    down = next(
+        launch for launch in launches(Shape(8, 2, 512, 512, 2048), Plan(tiles, tiles)) if "down" in launch.kernel
+    )
+    assert usage(down.compiled()).spills > 0
+
+
+def _invariant_plans() -> list[tuple[Shape, Plan]]:
+    """What batch-invariant mode takes for every shape of the table, and a rank's share of it, at many counts."""
+    layers = {replace(shape, tokens=0) for shape, _ in PLANS.values()}
+    layers |= {replace(layer, experts=layer.experts // ranks) for layer in layers for ranks in (2, 4, 8)}
+    counts = sorted({*TOKENS, *(shape.tokens + step for shape, _ in PLANS.values() for step in (-1, 0, 1))} - {0})
+    shapes = [replace(layer, tokens=tokens) for layer in layers if layer.experts for tokens in counts]
+    return [(shape, choose_plan(shape, GPU, batch_invariant=True)) for shape in shapes]
+
+
+def test_batch_invariant_mode_takes_plans_whose_bits_agree():
+    """Every element is one chain of ``wgmma`` with 64 weight columns on its left: no other kind of tile is among."""
+    plans = _invariant_plans()
+    for shape, plan in plans:
+        assert plan.tma and plan.gate_up.swap and plan.down.swap, (shape, plan)
+        assert not plan.rest and WIDE_ROWS not in (plan.gate_up.block_m, plan.down.block_m), (shape, plan)
+        assert not (plan.gate_up.special or plan.down.special), (shape, plan)
+        for tiles, parts in ((plan.gate_up, 2), (plan.down, 1)):
+            assert tiles.block_n * parts % 64 == 0 and tiles.block_m <= 64, (shape, tiles)
+    tuned = {Plan.from_json(entry) for table in load_table("nvidia_h200").values() for entry in table.values()}
+    taken = {plan for _, plan in plans}
+    assert len(taken & tuned) > 5 and len(taken - tuned) > 5  # both ways are there to be checked
+
+
+@pytest.mark.parametrize("point", ["E128-K8-H2048-I768 T=16", "E128-K4-H2880-I2880 T=512"])
+def test_batch_invariant_plans_of_the_table_multiply_by_wgmma_alone(point):
+    shape, plan = PLANS[point]
+    assert choose_plan(shape, GPU, batch_invariant=True) == plan
+    for launch in launches(shape, plan):
+        ptx = launch.compiled().asm["ptx"]
+        if launch.kernel.startswith(("gate_up", "down")):
+            assert "wgmma.mma_async" in ptx and "mma.sync.aligned.m" not in ptx
