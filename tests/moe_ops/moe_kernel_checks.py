@@ -135,6 +135,15 @@ def _slice(plan: Plan, change: dict) -> tuple[tuple, torch.Tensor, torch.Tensor]
 MANY = [name for name in PLANS if name.startswith("many")]
 
 
+@pytest.fixture
+def poison():
+    """``torch.empty`` gives NaN and the largest integers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     ("plan", "change"),
     [(name, {}) for name in MANY]
