@@ -41,7 +41,7 @@ def test_every_buffer_is_listed_with_its_bytes():
     first, second = run_ranks(2, explained_layer, timeout_s=200)
     assert first["ops"] == {"agree": 1, "metadata_update": 1, "moe_layer": 1}
     assert first["memory"] == second["memory"]
-    # 16 rows of both ranks: 64 bytes of bf16, 16 of ids, 16 of weights (padded); dispatch and combine have two slots each
+    # 16 rows of both ranks: 64 bytes, 16 of ids, 16 of weights (padded); dispatch and combine have two slots each
     assert_expected_inline(
         "\n".join(f"{name}: {nbytes}" for name, nbytes in first["memory"].items()),
         """\
