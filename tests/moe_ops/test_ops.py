@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import moe_ops
 
@@ -22,29 +23,30 @@ def arguments(device: str) -> dict[str, tuple]:
     weights, count = torch.rand(T, K), torch.tensor([T], dtype=torch.int32)
     metadata = torch.tensor([T, 0, T], dtype=torch.int32)
     gate_up, down = torch.randn(E, 2 * I, H, dtype=dtype), torch.randn(E, H, I, dtype=dtype)
+    routed, shared = (hidden, ids, weights, gate_up, down, count), [torch.randn(H, 4, dtype=dtype) for _ in range(2)]
+    layer, addends = (*routed, metadata, 0, T), [torch.randn(T, H, dtype=dtype)]
+    # fmt: off
     calls = {
         "metadata_update": (count, "local"),
         "agv_dispatch": (hidden, ids, weights, count, metadata, T, "local"),
         "align_block_size": (ids, count, 16, E, 0),
-        "fused_moe": (hidden, ids, weights, gate_up, down, count, 0),
+        "fused_moe": (*routed, 0),
         "rsv_combine": (hidden, count, metadata, T, "local"),
         "agv_dispatch_into": (
-            hidden,
-            ids,
-            weights,
-            count,
-            metadata,
-            torch.zeros_like(hidden),
-            torch.zeros_like(ids),
-            torch.zeros_like(weights),
-            "local",
+            hidden, ids, weights, count, metadata,
+            torch.zeros_like(hidden), torch.zeros_like(ids), torch.zeros_like(weights), "local",
         ),
         "rsv_combine_from": (hidden, count, metadata, T, [], "local"),
-        "fused_moe_into": (hidden, ids, weights, gate_up, down, count, 0, torch.zeros_like(hidden)),
+        "fused_moe_into": (*routed, 0, torch.zeros_like(hidden)),
+        "expert_linear": (hidden, ids, gate_up, count, 0),
+        "topk_sum": (torch.randn(T * K, H, dtype=dtype), ids, weights, count, 0, E),
+        "rsv_combine_add": (hidden, count, metadata, T, addends, "local"),
+        "fused_moe_combine": (*layer, addends, "local"),
+        "moe_layer": (*layer, addends, "local"),
+        "moe_layer_shared": (*layer, addends, hidden, shared, torch.randn(4, H, dtype=dtype), 1, "local"),
     }
-    return {
-        name: tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in call) for name, call in calls.items()
-    }
+    # fmt: on
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), calls)
 
 
 @pytest.mark.parametrize("device", DEVICES)
