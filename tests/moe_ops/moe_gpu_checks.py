@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moe_ops.align import launch_align
-from moe_ops.fused_moe import launch_fused_moe
+from moe_ops.fused_moe import launch_fused_moe, launch_fused_moe_pairs
 from moe_ops.fused_moe_config import Plan, Shape, Tiles, default_plan
 from moe_ops.moe_reference import fused_moe_reference
+from tests.moe_ops.moe_cases import poisoned_memory
 from tests.moe_ops.moe_kernel_checks import PLANS
 from tests.tolerances import FUSED_MOE, relative_error
 
@@ -128,3 +129,68 @@ def test_align_of_almost_2_31_pairs(experts):
         assert (part[1:] > part[:-1])[follows].all() and real[:-1][follows].all()
         seen += int(real.sum())
     assert seen == sum(int(((p >= 0) & (p < experts)).sum()) for p in flat.split(step))
+
+
+ROUTINGS = ["holes", "one", "every third", "none"]
+
+
+def _odd_layer(routing: str, live: int) -> tuple[list[Tensor], int, int]:
+    """The middle half of 32 experts is local, sizes are no tile's multiples, and what nobody may read is NaN.
+
+    ``holes``: a third of the ids is -1; ``one``: all pairs to one local expert; ``every third``: two thirds of the
+    experts have no pair; ``none``: no pair is local.
+    """
+    layer, start, local = _layer(4099, 8, 32, 1000, 712), 8, 16
+    hidden, ids, weights = layer[:3]
+    if routing == "holes":
+        ids[torch.rand(ids.shape, device="cuda") < 1 / 3] = -1
+    elif routing == "every third":
+        ids -= ids % 3
+    else:
+        ids[:] = start + local - 1 if routing == "one" else start + local
+    weights[(ids < start) | (ids >= start + local)] = float("nan")
+    hidden[live:], ids[live:] = float("nan"), start
+    layer[3:] = [weight[start : start + local].contiguous() for weight in layer[3:]]
+    return layer, start, local
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("plan", BIG_PLANS)
+def test_large_calls_of_odd_routing_in_poisoned_memory(plan, routing):
+    live = 4001
+    layer, start, local = _odd_layer(routing, live)
+    out = torch.full((4099, 1000), 7.0, dtype=torch.bfloat16, device="cuda")
+    with poisoned_memory():
+        launch_fused_moe(*layer, _live(live), start, plan=BIG_PLANS[plan], out=out)
+    assert torch.isfinite(out[:live]).all() and (out[live:] == 7).all()
+    hidden, ids, weights, gate_up, down = layer
+    lacks_pair = ((ids < start) | (ids >= start + local)).all(1)[:live]
+    assert not out[:live][lacks_pair].any() and bool(lacks_pair.all()) == (routing == "none")
+    rows = torch.randperm(live, device="cuda")[:300]
+    wanted = fused_moe_reference(
+        hidden[rows].double(), ids[rows], weights[rows].double(), gate_up, down, _live(300), start
+    )  # fmt: skip
+    assert relative_error(out[rows], wanted) <= FUSED_MOE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("plan", BIG_PLANS)
+def test_no_row_is_live(plan):
+    layer, start, _ = _odd_layer("one", 0)
+    out = torch.full((4099, 1000), 7.0, dtype=torch.bfloat16, device="cuda")
+    with poisoned_memory():
+        launch_fused_moe(*layer, _live(0), start, plan=BIG_PLANS[plan], out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("tokens", [4, 64, 512])
+def test_batch_invariant_pairs_of_tuned_plans_do_not_depend_on_the_rank_split(tokens):
+    """Qwen3-30B's experts on one rank and on 2, 4 and 8, which take the table's plans for other numbers of experts."""
+    hidden, ids, weights, gate_up, down = _layer(tokens, 8, 128, 2048, 768)
+    whole = launch_fused_moe_pairs(hidden, ids, weights, gate_up, down, _live(tokens), 0, batch_invariant=True)[0]
+    for share in (64, 32, 16):
+        for start in range(0, 128, share):
+            own, mine = slice(start, start + share), (ids // share == start // share).view(-1)
+            pairs = launch_fused_moe_pairs(
+                hidden, ids, weights, gate_up[own], down[own], _live(tokens), start, batch_invariant=True
+            )[0]  # fmt: skip
+            assert torch.equal(pairs[mine], whole[mine])

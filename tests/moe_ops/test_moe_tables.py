@@ -18,8 +18,11 @@ POINTS = [
     *(f"E32-K8-H7168-I2048 T={tokens}" for tokens in (16, 512, 8192)),
     *(f"E128-K4-H2880-I2880 T={tokens}" for tokens in (4, 512, 8192)),
 ]
-# Instructions that spill, with Triton 3.9, where a plan is the fastest all the same: one register.
-SPILLS = {("E16-K8-H2048-I768 T=128", "gate_up_few_kernel"): 2}
+# Instructions that spill, two registers, where a plan was measured as the fastest all the same.
+SPILLS = {
+    ("E16-K8-H2048-I768 T=128", "gate_up_few_kernel"): 2,  # Triton 3.9
+    ("E128-K8-H2048-I768 T=4", "gate_up_few_kernel"): 3,  # Triton 3.6
+}
 SHARED = 228 * 1024  # of an SM, bytes; each program takes 1024 more than it asks for
 TOKENS = sorted({1, 2, 3, 5, 33, 1000, 4097, 20000} | {near for n in range(14) for near in (2**n, 2**n + 1)})
 
