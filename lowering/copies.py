@@ -1,66 +1,63 @@
-"""Finds copies around the ops: in the inference graph, and in the code that Inductor generated."""
+"""Finds copies around the ops: in what Inductor's kernels do, once it has decided what each of them does."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
-_CALL = re.compile(r"(?:(?P<out>\w+) = )?torch\.ops\.moe_ep\.(?P<op>\w+)\.\w+\((?P<args>.*)\)")
-_BUFFER = re.compile(r"\b(?:buf|arg|primals_)\w*")
-# Kernels are named after the ops they came from; one that only moves data has only these in its name.
-_MOVES = {"", "clone", "contiguous", "copy", "to", "cat", "constant", "pad", "nd"}
-_VIEWS = {"t", "transpose", "permute", "view", "reshape", "slice", "select", "expand", "squeeze", "unsqueeze", "split"}
-_KERNEL = re.compile(r"(?P<name>(?:triton_\w+?|cpp)_fused_(?P<ops>\w+?)_(?P<number>\d+))(?:\.run)?\((?P<args>.*)\)")
-_ALIAS = re.compile(r"^(?P<out>buf\d+) = (?P<source>buf\d+)(?:\[\d+\])?(?:; del \w+.*)?(?:\s*#.*)?$")
+if TYPE_CHECKING:
+    from .torch_schedule import Launch
+
+_CALL = re.compile(r"(?:\w+ = )?torch\.ops\.moe_ep\.(?P<op>\w+)\.\w+\(")
+_OURS = "moe_ep."
+# Calls of torch's own library that compute; any other call of it counts as a copy. Other libraries' ops compute.
+_COMPUTING = re.compile(
+    r"(?:extern_kernels|aten)\.(?:_?(?:mm|addmm|bmm|baddbmm|addmv|mv|dot|int_mm|scaled_mm|grouped_mm|scaled_grouped_mm|"
+    r"convolution|topk|sort|cumsum|cumprod|histc|bincount|multinomial|searchsorted|bucketize|index_put|scatter_reduce|"
+    r"scatter_add|logcumsumexp|fft_\w+|linalg_\w+|scaled_dot_product_\w+|flash_attention\w*|efficient_attention\w*)_?)$"
+)
+_TORCHS_OWN = ("aten.", "prims.", "extern_kernels.")
 
 
 class Copy(NamedTuple):
-    """A kernel that only moves data to or from an op."""
+    """A kernel (by the ops it came from) or a call that only moves data to or from ``op``, by way of ``buffer``."""
 
     kernel: str
     op: str
     buffer: str
 
 
-def copies_in_code(source: str) -> list[Copy]:
-    """Kernels of the generated ``source`` that only copy, and whose input or output an op also touches."""
-    ops, roots = _ops_by_buffer(source)
+def ops_in_code(source: str) -> list[str]:
+    """Names of the ops in the order in which the generated ``source`` calls them."""
+    return [match["op"] for line in source.splitlines() if (match := _CALL.match(line.strip()))]
+
+
+def copies_among(launches: Iterable[Launch]) -> list[Copy]:
+    """Launches that move what an op wrote to another buffer, or move to a buffer that an op reads.
+
+    A kernel is judged by its stores: one of data that nothing was computed from is a copy, whatever else it does.
+    """
+    launches = list(launches)
+    ours = [(launch, launch.called.removeprefix(_OURS)) for launch in launches if launch.called.startswith(_OURS)]
+    readers = {buffer: op for launch, op in ours for buffer in launch.reads}
+    writers = {store.buffer: op for launch, op in ours for store in launch.stores}
     found = []
-    for name, buffers in _moving_kernels(source):
-        touched = next(((b, ops[roots.get(b, b)]) for b in buffers if roots.get(b, b) in ops), None)
-        if touched is not None:
-            found.append(Copy(name, touched[1], touched[0]))
+    for launch in launches:
+        beside = [(writers[s], s) for sources, _ in _moves(launch) for s in sorted(sources) if s in writers]
+        beside += [(readers[target], target) for _, target in _moves(launch) if target in readers]
+        found += [Copy(launch.origins, *beside[0])] if beside else []
     return found
 
 
-def ops_in_code(source: str) -> list[str]:
-    """Names of the ops in the order in which the generated ``source`` calls them."""
-    return [match["op"] for match in _CALL.finditer(source)]
+def _moves(launch: Launch) -> list[tuple[frozenset[str], str]]:
+    """From which buffers, and to which, data is moved without being changed."""
+    if not launch.called:
+        return [(store.moved_from, store.buffer) for store in launch.stores if store.moved_from]
+    return [(launch.reads, store.buffer) for store in launch.stores] if _is_copying(launch.called) else []
 
 
-def _ops_by_buffer(source: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Which op reads or writes each buffer, and the buffer that each name stands for."""
-    ops: dict[str, str] = {}
-    roots: dict[str, str] = {}
-    for line in map(str.strip, source.splitlines()):
-        if alias := _ALIAS.match(line):
-            roots[alias["out"]] = roots.get(alias["source"], alias["source"])
-        elif call := _CALL.match(line):
-            names: list[str] = [*_BUFFER.findall(call["args"]), call["out"] or ""]
-            ops.update({roots.get(name, name): str(call["op"]) for name in names if name.startswith("buf")})
-    return ops, roots
-
-
-def _moving_kernels(source: str) -> Iterator[tuple[str, list[str]]]:
-    for line in map(str.strip, source.splitlines()):
-        kernel = _KERNEL.match(line)
-        if kernel is not None and _only_moves(kernel["ops"]):
-            yield kernel["name"], _BUFFER.findall(kernel["args"])
-        elif ".copy_(" in line or ".clone(" in line:
-            yield line.split("(")[0], _BUFFER.findall(line)
-
-
-def _only_moves(ops: str) -> bool:
-    """``clone``, ``_to_copy_t``: every op in a kernel's name moves data or views it."""
-    return set(ops.split("_")) <= _MOVES | _VIEWS
+def _is_copying(called: str) -> bool:
+    """Whether a call may be a copy: what is not known to compute is."""
+    unnamed = "." not in called  # Inductor's own calls, such as a copy into a graph's input
+    return unnamed or (called.startswith(_TORCHS_OWN) and not _COMPUTING.match(called))

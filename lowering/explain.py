@@ -13,7 +13,7 @@ import torch
 from moe_ops.workspace import get_workspace
 
 from . import torch_compat
-from .copies import Copy, copies_in_code, ops_in_code
+from .copies import Copy, copies_among, ops_in_code
 from .errors import LoweringError
 from .passes import enabled_options
 from .picture import draw
@@ -60,16 +60,21 @@ def explain(model: Callable, *args: Any, mode: str | None = None, **kwargs: Any)
     The model runs for real, so every rank must call this. Compiled functions are forgotten before and after, and
     caches are not used. ``mode``: as in ``torch.compile``; "reduce-overhead" by default where there is CUDA.
     """
+    from .torch_schedule import scheduled_launches  # loads Inductor
+
     mode = mode or ("reduce-overhead" if torch.cuda.is_available() else "default")
     torch_compat.reset_compiler()
     RECENT.clear()
     before = torch_compat.compile_counters()
     with torch.no_grad(), torch_compat.without_caches(), layers_are_viewed():
         compiled = torch.compile(torch_compat.uncompiled(model), mode=mode)
-        _, sources = torch_compat.output_code(compiled, *args, **kwargs)
+        with scheduled_launches() as launches:
+            _, sources = torch_compat.output_code(compiled, *args, **kwargs)
     after = torch_compat.compile_counters()
     torch_compat.reset_compiler()
     calls = [op for source in sources for op in ops_in_code(source)]
+    seen = [launch.called.removeprefix("moe_ep.") for launch in launches if launch.called.startswith("moe_ep.")]
+    assert Counter(calls) == Counter(seen), f"the schedule is not that of the code: {Counter(seen)}, {Counter(calls)}"
     return Explanation(
         active=enabled_options() is not None,
         compiled_graphs=_grew(before, after, "stats", "unique_graphs"),
@@ -78,7 +83,7 @@ def explain(model: Callable, *args: Any, mode: str | None = None, **kwargs: Any)
         cudagraph_skips=_grew(before, after, "inductor", "cudagraph_skips"),
         ops=dict(Counter(calls)),
         graphs=list(RECENT),
-        copies=[copy for source in sources for copy in copies_in_code(source)],
+        copies=copies_among(launches),
         symmetric_memory=_memory(list(RECENT)),
     )
 

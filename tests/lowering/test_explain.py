@@ -1,4 +1,4 @@
-"""explain: what was done, refused, copied; and the reader of generated code."""
+"""explain: what was done, refused, copied."""
 
 import json
 
@@ -7,8 +7,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import lowering
-from lowering.copies import Copy, copies_in_code, ops_in_code
-from tests.lowering.layers import batch, ops, routed, weights
+from tests.lowering.layers import batch, routed, weights
 
 COUNT = torch.tensor([5], dtype=torch.int32)
 
@@ -90,29 +89,3 @@ def test_graph_breaks_are_counted():
 
     explanation = lowering.explain(broken, batch(), weights(), COUNT)
     assert explanation.compiled_graphs == 2 and sum(explanation.graph_breaks.values()) == 1
-
-
-def test_a_copy_beside_an_op_is_found():
-    def copying(x: Tensor, count: Tensor) -> Tensor:
-        metadata = ops.metadata_update(count, "local")
-        y = ops.rsv_combine(x, count, metadata, 8, "local").t().contiguous()
-        return ops.rsv_combine(y, count, metadata, 8, "local")
-
-    explanation = lowering.explain(copying, batch(), COUNT)
-    assert [copy.op for copy in explanation.copies] == ["rsv_combine"], explanation
-
-
-def test_only_kernels_that_just_move_data_count():
-    code = """
-        buf3 = torch.ops.moe_ep.rsv_combine.default(buf1, arg1_1, buf0, 8, 'local')
-        buf4 = buf3
-        triton_poi_fused_clone_0.run(buf4, buf5, 256, stream=stream0)
-        triton_poi_fused__to_copy_clone_1.run(buf9, buf1, 256, stream=stream0)
-        triton_poi_fused_add_clone_2.run(buf4, buf6, 256, stream=stream0)
-        triton_poi_fused_clone_3.run(buf7, buf8, 256, stream=stream0)
-    """
-    assert ops_in_code(code) == ["rsv_combine"]
-    assert copies_in_code(code) == [
-        Copy("triton_poi_fused_clone_0", "rsv_combine", "buf4"),
-        Copy("triton_poi_fused__to_copy_clone_1", "rsv_combine", "buf1"),
-    ]
