@@ -194,7 +194,7 @@ def test_align_spills_nothing(bins):
 
 @pytest.mark.parametrize("kernel", ["topk_sum_kernel", "topk_sum_local_kernel"])
 def test_the_sum_spills_nothing_and_leaves_room_for_many_programs(kernel):
-    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "LONE": 2, "PDL": True}
+    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "ROWS": 8, "LONE": 2, "PDL": True}
     local = kernel == "topk_sum_local_kernel"
     constants |= {"BLOCK_H": 512} if local else {}
     code = compiled(getattr(topk_sum_kernels, kernel), constants, 1 if local else 4, 3, {})
