@@ -52,7 +52,7 @@ def _metadata_version() -> str | None:
 check_version(installed_version())
 
 import transformers  # noqa: E402
-from transformers import activations, cache_utils, conversion_mapping, core_model_loading  # noqa: E402
+from transformers import activations, conversion_mapping, core_model_loading  # noqa: E402
 from transformers.integrations import moe as hf_moe  # noqa: E402
 
 DEFAULT_APPLY_GATE = hf_moe._default_apply_gate
@@ -207,21 +207,6 @@ def top_k(config: Any) -> int:
     raise UnsupportedModelError(
         f"{type(text).__name__} does not tell how many experts a token goes to; pass top_k=... explicitly."
     )
-
-
-def full_length_cache(config: Any, max_len: int) -> Any:
-    """A ``StaticCache`` whose sliding-window layers hold ``max_len`` tokens like the others.
-
-    A sliding layer keeps its fill level as a Python int: an integer graph input that changes every step.
-    The attention mask still limits the window.
-    """
-    cache = transformers.StaticCache(config=config, max_cache_len=max_len)
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, cache_utils.StaticSlidingWindowLayer):
-            if type(layer) is not cache_utils.StaticSlidingWindowLayer:
-                raise UnsupportedModelError(f"cache layers of type {type(layer).__name__} are not supported.")
-            cache.layers[index] = cache_utils.StaticLayer(max_cache_len=max_len)
-    return cache
 
 
 def prefill_kwargs(model: Model) -> dict[str, Any]:

@@ -144,11 +144,6 @@ def read(node: Node, index: int) -> Node:
     return result
 
 
-def first_in_chain(graph: Graph) -> EffectOp | None:
-    """The first ordered op of ``moe_ep``, if there is one."""
-    return next(effect_ops(graph), None)
-
-
 def reaches(start: Node, goal: Callable[[Node], bool], limit: int = 100_000) -> bool:
     """Whether ``start`` depends, directly or not, on a node for which ``goal`` holds."""
     seen, stack = {start}, [start]

@@ -154,9 +154,7 @@ def run_passes(graph: Graph, options: Options = Options()) -> GraphReport:
     return GraphReport(before, _count_ops(graph), groups, outcomes, layer, view_layer(graph) if viewed else None)
 
 
-def enable(
-    without: Iterable[str] | None = None, rounding: str | None = None, inexact: bool | None = None
-) -> None:
+def enable(without: Iterable[str] | None = None, rounding: str | None = None, inexact: bool | None = None) -> None:
     """Make ``torch.compile`` run the passes; safe to call again.
 
     ``without``: names of passes to leave out (``lowering.NAMES``). ``rounding``: ``"compiled"`` gives the bits of the

@@ -20,8 +20,6 @@ from .errors import UnsupportedTorchError
 
 OLDEST, NEWEST = (2, 11), (2, 13)
 
-GraphPass = Callable[[Graph], None]
-
 
 def torch_version() -> tuple[int, int]:
     """``(major, minor)`` of this torch."""
@@ -45,11 +43,6 @@ def check_torch_version() -> None:
 def is_effect(node: Node) -> bool:
     """Whether ``node`` is an ordered op, wrapped so that its token chains it to the one before."""
     return node.op == "call_function" and node.target is torch.ops.higher_order.with_effects
-
-
-def make_token_target() -> Any:
-    """The op that starts a chain of tokens inside a graph."""
-    return torch.ops.prims._make_token.default
 
 
 def effect_target() -> Any:

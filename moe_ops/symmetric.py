@@ -172,12 +172,6 @@ class Channel:
             rank=self.rank,
         )
 
-    def raise_recorded(self, timeout_s: float) -> None:
-        """Raise what a kernel recorded, if anything; does not wait for the device."""
-        failure = read_record(self.record)
-        if failure is not None:
-            raise failure.as_error(timeout_s)
-
     def close(self) -> None:
         """Let go of the memory. No kernel that uses it may be running, on any rank."""
         if self.buffer.release is not None:

@@ -22,6 +22,7 @@ from graphs.sharding import hidden_size
 from lowering.torch_compat import compile_counts
 from moe_ops import get_workspace
 from tests.graphs.model_cases import GraphKeeper
+from tests.graphs.static_cache import full_length_cache
 from tests.graphs.tiny_models import ExpertsClass, answer, build, experts_classes, own_experts, tokens
 from tests.tolerances import MODEL_BF16_OVER_PLAIN
 
@@ -88,7 +89,7 @@ class Decoding:
     """Teacher-forced steps of one model with a full-length static cache, after ``BEFORE`` tokens of ``ids``."""
 
     def __init__(self, model: Any, ids: Tensor):
-        self.ids, self.cache = ids, hf_compat.full_length_cache(model.config, COLUMNS)
+        self.ids, self.cache = ids, full_length_cache(model.config, COLUMNS)
         self.mask = torch.ones(ids.shape[0], COLUMNS, dtype=torch.int64, device=ids.device)
         self.feed(model, 0, BEFORE)
 

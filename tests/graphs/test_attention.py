@@ -9,8 +9,9 @@ import torch
 
 from graphs.attention import NAME, reference, use_decode_attention
 from graphs.checkpoints import tiny_model
-from graphs.hf_compat import attention_name, full_length_cache
+from graphs.hf_compat import attention_name
 from tests.graphs.model_cases import GraphKeeper, prompts_of
+from tests.graphs.static_cache import full_length_cache
 from tests.moe_ops.interpreted import run_checks
 
 CHECKS = "../graphs/attention_kernel_checks.py"
