@@ -71,13 +71,22 @@ class Epilogue(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Experts' outputs that are not summed yet: ``rows (M * K, H)``, ids and weights (M, K) contiguous."""
+    """Experts' outputs that are not summed yet: ``rows (M * K, H)``, ids (M, K) contiguous, weights (M, K) in rows."""
 
     rows: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
     expert_start: int
     num_experts: int
+
+
+def kernel_routing(pairs: Pairs | None, stand_in: Tensor, experts_per_rank: int = 0) -> tuple:
+    """``combine_add_kernels.Routing`` of ``pairs``; without any the kernel does not look at it."""
+    from .combine_add_kernels import Routing
+
+    if pairs is None:
+        return Routing(stand_in, stand_in, 0, 0, 0, 0)
+    return Routing(*pairs[1:3], pairs.topk_weights.stride(0), *pairs[3:], experts_per_rank)
 
 
 def check_epilogue(op: str, epilogue: Epilogue, like: Tensor, num_rows: int, out_dtype: torch.dtype) -> None:
@@ -166,12 +175,11 @@ def launch_combine_add(
     """The kernel over symmetric memory: one launch, one barrier. ``source``: expert output (M, H), or its pairs.
 
     ``behind_experts``: the launch before it on this stream is the last one of the experts, so that it may start early.
-
     ``experts_per_rank``: not 0 promises that expert ``e`` lies on rank ``e // experts_per_rank``; pairs then come only
     from ranks that have some. The bits are the same.
     """
     from .chunks import Slots
-    from .combine_add_kernels import Routing, _combine_add_kernel
+    from .combine_add_kernels import _combine_add_kernel
 
     layout = channel.layout
     pairs = source if isinstance(source, Pairs) else None
@@ -182,16 +190,13 @@ def launch_combine_add(
     out = epilogue.new_output(rows, num_rows, out_dtype)
     flat = out.view(-1, out.shape[-1])
     norm, kind = kernel_norm(epilogue.norm, flat)
-    routing = (
-        Routing(*pairs[1:], experts_per_rank) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0, 0)
-    )
     launch = choose_launch("rsv_combine", max_tokens, channel)
     octets, warps = whole_rows(rows.shape[1]) if kind else (launch.chunks, launch.warps)
     _combine_add_kernel[(launch.blocks,)](
         channel.peers(),
         Slots(layout.combine_offset, layout.combine_slot, layout.capacity),
         rows_of(rows),
-        routing,
+        kernel_routing(pairs, local_tokens, experts_per_rank),
         rows_of(flat),
         tuple(map(rows_of, epilogue.addends)) or (rows_of(flat),),
         epilogue.scale,

@@ -21,10 +21,11 @@ _OP = tl.constexpr(OP_CODES["rsv_combine"])
 
 
 class Routing(NamedTuple):
-    """Where each pair ``row * K + slot`` goes: ids and weights (M, K) contiguous, and this rank's experts."""
+    """Where each pair ``row * K + slot`` goes: ids (M, K) contiguous, weights (M, K), and this rank's experts."""
 
     ids: object
     weights: object
+    weight_stride: int  # elements from a row of weights to the next: in the layer batch rows are padded to 16 bytes
     expert_start: int
     num_experts: int
     experts_per_rank: int  # 0: unknown
@@ -89,7 +90,8 @@ def _own_chunk(source, routing, row, chunk, mask, TOP_K: tl.constexpr, ALIGNED: 
             pair = row * TOP_K + slot
             expert = tl.load(routing.ids + pair) - routing.expert_start
             local = (expert >= 0) & (expert < routing.num_experts)
-            weight = tl.where(local, tl.load(routing.weights + pair).to(tl.float32), 0.0)
+            weight = tl.load(routing.weights + row * routing.weight_stride + slot).to(tl.float32)
+            weight = tl.where(local, weight, 0.0)
             inside = mask & (chunk < tl.where(local, row_chunks(source), 0))
             part = _floats(gather_chunk(source, pair, chunk, inside, ALIGNED), 0, DTYPE)
             total = _add(total, _scaled(part, weight, COUNT), COUNT)

@@ -236,6 +236,7 @@ def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: 
         problem.out.zero_()
         return
     problem, plan = _prepare(problem, tokens_hint, batch_invariant, plan)
+    problem = problem._replace(topk_weights=problem.topk_weights.contiguous())
     lone = _takes_lone(problem, plan)
     sum_pairs(
         _run_pairs(problem, plan, lone), problem.topk_ids, problem.topk_weights, problem.valid_tokens, problem.out,
@@ -258,8 +259,9 @@ def _takes_lone(problem: Problem, plan: Plan) -> int:
 
 
 def run_pairs(problem: Problem, tokens_hint: int | None, batch_invariant: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """All but the top-k sum, for a kernel that sums itself: pairs (M * K, H), ids and weights (M, K) contiguous.
+    """All but the top-k sum, for a kernel that sums itself: pairs (M * K, H), ids (M, K) contiguous, weights (M, K).
 
+    The weights are those of the problem where their rows are contiguous, however far apart: a copy would be a launch.
     Pairs of other ranks' experts and of dead rows are not written.
     """
     problem, plan = _prepare(problem, tokens_hint, batch_invariant, None)
@@ -271,7 +273,7 @@ def _prepare(
 ) -> tuple[Problem, Plan]:
     dense = (problem.hidden, problem.topk_ids, problem.topk_weights)
     hidden, ids, weights = (t if t.stride(-1) == 1 else t.contiguous() for t in dense)
-    problem = problem._replace(hidden=hidden, topk_ids=ids.contiguous(), topk_weights=weights.contiguous())
+    problem = problem._replace(hidden=hidden, topk_ids=ids.contiguous(), topk_weights=weights)
     return problem, plan or choose_plan(problem.shape(tokens_hint), device_of(hidden)[0], batch_invariant)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .combine_add import Epilogue, Pairs, all_aligned, kernel_norm, whole_rows
+from .combine_add import Epilogue, Pairs, all_aligned, kernel_norm, kernel_routing, whole_rows
 from .comm_launch import is_aligned, rows_of
 from .pdl import chain_link
 
@@ -23,7 +23,6 @@ def launch_local_combine(
     ``source``: expert output (M, H) with M >= num_rows, or its pairs (M * K, H).
     ``behind_experts``: see ``combine_add.launch_combine_add``.
     """
-    from .combine_add_kernels import Routing
     from .local_combine_kernels import _local_combine_kernel
 
     pairs = source if isinstance(source, Pairs) else None
@@ -32,13 +31,12 @@ def launch_local_combine(
     out = epilogue.new_output(rows, num_rows, out_dtype)
     if out.numel() == 0:
         return out
-    routing = Routing(*pairs[1:], 0) if pairs is not None else Routing(local_tokens, local_tokens, 0, 0, 0)
     flat = out.view(-1, out.shape[-1])
     norm, kind = kernel_norm(epilogue.norm, flat)
     octets, warps = whole_rows(rows.shape[1]) if kind else (_OCTETS, 4)
     _local_combine_kernel[(num_rows, -(-rows.shape[1] // (8 * octets)))](
         rows_of(rows),
-        routing,
+        kernel_routing(pairs, local_tokens),
         rows_of(flat),
         tuple(map(rows_of, epilogue.addends)) or (rows_of(flat),),
         epilogue.scale,

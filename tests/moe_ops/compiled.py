@@ -105,7 +105,7 @@ def _signature(variant: Variant) -> dict[str, Any]:
         return common | counts | limits | {"num_rows": "i32"}
     common["slots"] = Slots("i64", "i64", "i32")
     if variant.kernel == "combine_add":
-        common |= {"source": rows, "routing": Routing("*i64", "*fp32", "i32", "i32", "i32"), "out": rows}
+        common |= {"source": rows, "routing": Routing("*i64", "*fp32", "i32", "i32", "i32", "i32"), "out": rows}
         common |= {"addends": (rows,), "scale": "fp32", "norm": NormRow(rows, "fp32", "fp32")}
         return common | counts | limits | {"num_rows": "i32"}
     if variant.kernel == "dispatch":

@@ -33,6 +33,7 @@ class Case:
     out_dtype: torch.dtype = torch.bfloat16
     rows: int = 4
     strided: bool = False
+    padding: int = 0  # behind a row of weights, as in the layer batch
     norm: tuple[float, float, bool] | None = None  # eps, shift, round_first
 
 
@@ -43,6 +44,7 @@ CASES = [
     Case((0, 4), addends=0, scale=2.5, hidden_size=7),
     Case((4, 1), top_k=3),
     Case((4, 1), top_k=3, addends=2, strided=True),
+    Case((3, 2), top_k=4, padding=4),
     Case((2, 2), top_k=2, hidden_size=9, dtype=torch.float16, out_dtype=torch.float32, addends=2),
     Case((3, 0), top_k=1, dtype=torch.float32, out_dtype=torch.float32, addends=1),
     Case((3, 1), addends=2, out_dtype=torch.float16),
@@ -67,7 +69,7 @@ def pairs_of(case: Case, rank: int, max_tokens: int) -> Pairs:
     valid = sum(case.counts)
     ids = torch.randint(-1, 2 * len(case.counts), (max_tokens, case.top_k), generator=generator)
     ids[valid:] = -1
-    weights = torch.rand(max_tokens, case.top_k, generator=generator)
+    weights = torch.rand(max_tokens, case.top_k + case.padding, generator=generator)[:, : case.top_k]
     local = (ids >= 2 * rank) & (ids < 2 * rank + 2)
     rows = random_tensor(rank, max_tokens * case.top_k, case, case.dtype)
     rows[~local.flatten()] = torch.nan

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 
+from moe_ops import fused_moe_launch
+from moe_ops.buffers import SymmetricTensors
 from moe_ops.combine_add import Epilogue, Norm, Pairs, apply_epilogue
 from moe_ops.emulator import Rank, run_ranks
 from moe_ops.errors import ArgumentError, ShapeError
+from moe_ops.fused_moe import launch_fused_moe_pairs
 from moe_ops.local_combine import launch_local_combine
-from moe_ops.symmetric import Layout
+from moe_ops.symmetric import Layout, SymmetricBuffer
 from tests.moe_ops.interpreted import run_checks
 
 ops = torch.ops.moe_ep
@@ -120,7 +127,7 @@ def local_combines(rank: Rank) -> None:
         epilogue, source, want = Epilogue(more, 0.5, round_each), rows, rows.float()
         if top_k:
             ids = torch.randint(-1, E, (T, top_k), generator=generator)
-            weights = torch.rand(T, top_k, generator=generator)
+            weights = torch.rand(T, top_k + 5, generator=generator)[:, :top_k]  # rows apart, as in the layer batch
             weights[3] = torch.nan
             rows[((ids < 1) | (ids > 2)).flatten()] = torch.nan  # not written: experts 1 and 2 are here
             source, parts = Pairs(rows, ids, weights, 1, 2), rows.float().view(T, top_k, width)
@@ -139,6 +146,33 @@ def local_combines(rank: Rank) -> None:
 
 def test_local_combine():
     run_ranks(1, local_combines)
+
+
+class Called(TorchDispatchMode):
+    """Names of the ops of torch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_experts_read_the_layer_batch_where_it_lies(monkeypatch: pytest.MonkeyPatch):
+    """GPT-OSS: four weights of 16 bits a row lie 16 bytes apart; what the experts launch copies nothing first."""
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **options: None)
+    monkeypatch.setattr(fused_moe_launch, "device_of", lambda tensor: ("NVIDIA H200", 132))
+    with torch.device("meta"):
+        layout, count = Layout(2, T, H, 4, torch.bfloat16), torch.empty(1, dtype=torch.int32)
+        memory = SymmetricTensors(layout, lambda nbytes: SymmetricBuffer(torch.empty(nbytes, dtype=torch.uint8), count))
+        batch = memory.layer_batch(2 * T, torch.int64, torch.bfloat16)
+        experts = [torch.empty(E, 2 * I, H).bfloat16(), torch.empty(E, H, I).bfloat16()]
+        with Called() as called:
+            pairs, _, weights = launch_fused_moe_pairs(*batch, *experts, count, 0)
+    assert weights.stride() == (8, 1) and pairs.shape == (2 * T * 4, H)
+    assert not called.names & {"clone", "copy_", "_to_copy", "contiguous"}, called.names
 
 
 def test_opcheck():
