@@ -27,6 +27,7 @@ def attend_columns(
 
     Of a row, ``top`` is the largest score so far (base 2), ``total`` the sum of weights relative to it, ``sums`` of
     weighted values. Nothing outside the live columns is read.
+    Example: q 1, keys 0 and ln 3, values 0 and 4: top log2(3), total 1/3 + 1 = 4/3, sums 4; their quotient is 3.
     """
     depth, depth_v = tl.arange(0, DEPTH_PAD), tl.arange(0, DEPTH_V_PAD)
     for start in range(low, high, BLOCK):
@@ -60,6 +61,8 @@ def _attend_kernel(
     With one span the result goes to ``out (B, heads, DEPTH_V)`` as it should be; else ``out`` is
     ``(B, heads, SPANS, DEPTH_V)`` fp32, each span normalised by itself, and ``stats (B, heads, SPANS)`` fp32 holds the
     base-2 logarithm of its sum. Nothing outside the live columns is read. Rows without one become 0.
+    Example: q 1, scale 1, column 0 with key 0 and value 0, column 128 with key ln 3 and value 4, no other live. SPAN
+    256: out 3. SPAN 128: out 0 and 4, stats 0 and log2(3).
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -91,7 +94,10 @@ def _merge_kernel(
     parts_ptr, stats_ptr, out_ptr,
     DEPTH_V: tl.constexpr, DEPTH_V_PAD: tl.constexpr, SPANS: tl.constexpr, SPANS_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence from its spans, weighted by their sums. Grid: (B * heads,)."""
+    """One head of one sequence from its spans, weighted by their sums. Grid: (B * heads,).
+
+    Example: parts 0 and 4, stats 0 and log2(3): weights 1/3 and 1, out 4 / (4/3) = 3.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
     head = tl.program_id(0).to(tl.int64)

@@ -41,6 +41,8 @@ def _rotate_and_attend_kernel(
     ``new``: query, key, value; ``norms``: their weights, or anything where NORMS says there is none; ``angles``: cos,
     sin; ``cache``: keys, values. Every program of a key head prepares its queries. The one in whose span the new column
     lies writes key and value there and starts its softmax with them; no program reads that column.
+    Example: D = 2, new column 1, cos 0 0, sin 1 1, new key and value 3 4: the cache gets -4 3 and 3 4. A query of zeros
+    sees columns 0 and 1 alike: of values 1 5 and 3 4 the mean, 2 4.5.
     """
     pair = tl.program_id(0).to(tl.int64)  # sequence * kv_heads + key head
     sequence, first = pair // kv_heads, tl.program_id(1) * SPAN

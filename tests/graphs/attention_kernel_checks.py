@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphs.attention import reference
-from graphs.attention_launch import MIN_SPAN, launch, span_of
+from graphs.attention_launch import MIN_SPAN, Split, launch, span_of, split
 from tests.tolerances import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +51,20 @@ def test_kernels_equal_plain_torch(batch, heads, kv_heads, length, depth, depth_
     assert got.shape == wanted.shape == (batch, heads, depth_v)
     assert relative_error(got, wanted) < WITHIN
     assert not got[4].any(), "a row without columns is 0"
+
+
+@pytest.mark.parametrize("span", [256, 128])
+def test_worked_example_of_the_kernels(span: int):
+    """Columns 0 and 128 with scores 0 and ln 3, values 0 and 4; the rest is not live."""
+    query, mask = torch.ones(1, 1, 1, device=DEVICE, dtype=DTYPE), torch.zeros(1, 130, dtype=torch.bool, device=DEVICE)
+    key, value = (torch.full((1, 1, 130, 1), math.nan, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    for column, score, number in ((0, 0.0, 0.0), (128, math.log(3), 4.0)):
+        key[..., column, :], value[..., column, :], mask[:, column] = score, number, True
+    found = split(query, key, value, span)
+    assert found.spans == 256 // span
+    assert abs(float(launch(query, key, value, mask, 1.0, span)) - 3.0) < 3 * WITHIN
+    parts, stats = torch.tensor([[[[0.0], [4.0]]]], device=DEVICE), torch.tensor([[[0.0, math.log2(3)]]], device=DEVICE)
+    assert abs(float(Split(128, 2, found.out, parts, stats).merge()) - 3.0) < 3 * WITHIN
 
 
 def test_columns_outside_the_mask_are_not_read():

@@ -90,3 +90,14 @@ def test_worked_example_of_the_kernel():
     launch_with_new_token(given)
     assert given.keys[0, 0, 3].tolist() == [-2.0, 1.0, 3.0, 4.0] and given.keys.count_nonzero() == 4
     assert given.values[0, 0, 3].tolist() == [1.0, 2.0, 3.0, 4.0] and given.values.count_nonzero() == 4
+
+
+def test_worked_example_of_the_softmax():
+    """A query of zeros sees the new token's column and the one before it alike."""
+    one, zeros = (torch.tensor([[[3.0, 4.0]]], device=DEVICE, dtype=DTYPE) * factor for factor in (1, 0))
+    values = torch.tensor([[[[1.0, 5.0], [9.0, 9.0]]]], device=DEVICE, dtype=DTYPE)
+    keys, angle = torch.zeros_like(values), torch.ones(1, 2, device=DEVICE)
+    column, mask = torch.tensor([1], device=DEVICE), torch.ones(1, 1, 1, 2, dtype=torch.bool, device=DEVICE)
+    given = NewToken(zeros, one, one, None, None, 0.0, 0.0, angle * 0, angle, keys, values, column, mask, 1.0)
+    assert launch_with_new_token(given).tolist() == [[[2.0, 4.5]]]
+    assert keys[0, 0].tolist() == [[0.0, 0.0], [-4.0, 3.0]] and values[0, 0].tolist() == [[1.0, 5.0], [3.0, 4.0]]
