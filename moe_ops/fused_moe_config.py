@@ -40,14 +40,13 @@ class Plan:
     """``pairs > 0``: the few-rows kernels, that many pairs a chunk. ``pairs == 0``: align, then persistent kernels.
 
     ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent programs per SM;
-    ``rest`` (many rows, blocks of 128, ``programs`` 1): a last round with few tiles is launched in quarters of tiles;
+    ``rest`` (many rows, blocks of 128, ``programs`` 1): a last round with few tiles is launched in halves of tiles;
     ``tma`` bulk copies of weights where their strides allow; ``pdl`` programmatic dependent launch;
     ``prefetch`` bytes a program of the second few-rows kernel asks L2 for before the first one ends (16 | prefetch),
     the first ones of each of its columns.
     ``slots`` (few rows): programs for each tile, about as many as there are local pairs; more pairs are looped over.
     0: one for each pair of a chunk, or for each expert where these are fewer.
-    ``lone`` (many rows): 1: the second GEMM writes rows with one local pair to the result where it can; 2: and the
-    first one's ``rest`` zeroes those without any.
+    ``lone`` (many rows): the second GEMM writes rows with one local pair to the result where it can.
     """
 
     gate_up: Tiles
@@ -60,7 +59,7 @@ class Plan:
     pdl: bool = True
     prefetch: int = 0
     slots: int = 0
-    lone: int = 0
+    lone: bool = False
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:

@@ -146,21 +146,15 @@ def _power_of_two_rows(tiles: Tiles) -> Tiles:
     return replace(tiles, block_m=128) if tiles.block_m == WIDE_ROWS else tiles
 
 
-def _quarters(plan: Plan) -> Plan:
-    """Tiles of the kernels that do what a last round leaves: half the rows and columns, two programs an SM."""
+def _halves(plan: Plan) -> Plan:
+    """Tiles of the kernels that do what a last round leaves: half the columns."""
     gate_up, down = (
-        Tiles(tiles.block_m // 2, tiles.block_n // 2, 64, num_warps=4, num_stages=4)
-        for tiles in (plan.gate_up, plan.down)
+        Tiles(tiles.block_m, tiles.block_n // 2, 64, num_warps=8, num_stages=6) for tiles in (plan.gate_up, plan.down)
     )
     return replace(plan, gate_up=gate_up, down=down)
 
 
-def _has_rest(problem: Problem, plan: Plan) -> bool:
-    sizes, element = (problem.hidden.shape[1], problem.inner), problem.hidden.element_size()
-    return plan.rest and plan.tma and all(size * element % _TMA_ALIGN == 0 for size in sizes)
-
-
-def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: int) -> None:
+def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: bool) -> None:
     plan = replace(plan, gate_up=_power_of_two_rows(plan.gate_up), down=_power_of_two_rows(plan.down))
     ids, inner, experts, block = problem.topk_ids, problem.inner, problem.gate_up.shape[0], plan.gate_up.block_m
     if block != plan.down.block_m:
@@ -175,7 +169,8 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: int) 
             ids, problem.valid_tokens, block, experts, problem.expert_start, problem.behind_dispatch
         )  # fmt: skip
     act = problem.hidden.new_empty(aligned[0].numel(), inner)
-    plan = replace(plan, rest=_has_rest(problem, plan), lone=lone)
+    boxes = all(size * act.element_size() % _TMA_ALIGN == 0 for size in (problem.hidden.shape[1], inner))
+    plan = replace(plan, rest=plan.rest and plan.tma and boxes, lone=lone)
     _gate_up_many(problem, plan, aligned, act, sms)
     _down_many(problem, plan, aligned, act, (pairs, *(places or aligned[:2])), sms)
 
@@ -195,12 +190,8 @@ def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act
         hidden, *aligned, weights, *rest, FLAT=plan.gate_up.flat, WHOLE=plan.rest, **link, **args
     )
     if plan.rest:
-        weights, args = _gate_up(problem, _quarters(plan))
-        ids, out, experts = problem.topk_ids, problem.out, problem.gate_up.shape[0]
-        gate_up_rest_kernel[(2 * sms,)](
-            hidden, *aligned, weights, *rest[:2], ids, problem.valid_tokens, out, *rest[2:], programs,
-            ids.shape[0], out.stride(0), problem.expert_start, experts, ZEROS=plan.lone > 1, **link, **args,
-        )  # fmt: skip
+        weights, args = _gate_up(problem, _halves(plan))
+        gate_up_rest_kernel[(programs,)](hidden, *aligned, weights, *rest, programs, **link, **args)
 
 
 def _down_many(
@@ -218,16 +209,18 @@ def _down_many(
     rows = TensorDescriptor.from_tensor(act, [block, plan.down.block_k]) if box_rows and not special else act
     programs = min(positions // block * triton.cdiv(width, plan.down.block_n), sms * plan.programs)
     count = problem.topk_ids.numel()
-    link |= {"LONE": plan.lone > 0, "GROUP": plan.group}
+    link |= {"LONE": plan.lone, "GROUP": plan.group}
     down_many_kernel[(programs,)](
         rows, *aligned, weights, bias, *out, count, positions, width, inner,
         BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, WHOLE=plan.rest, **link, **args,
     )  # fmt: skip
     if plan.rest:
-        tiles = _quarters(plan).down
-        weights, args = _down(problem, _quarters(plan))
+        tiles = _halves(plan).down
+        weights, args = _down(problem, _halves(plan))
         rows = TensorDescriptor.from_tensor(act, [tiles.block_m, tiles.block_k])
-        down_rest_kernel[(2 * sms,)](rows, *aligned, weights, bias, *out, count, width, inner, programs, **link, **args)
+        down_rest_kernel[(programs,)](
+            rows, *aligned, weights, bias, *out, count, width, inner, programs, **link, **args
+        )
 
 
 def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: Plan | None = None) -> None:
@@ -244,18 +237,13 @@ def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: 
     )  # fmt: skip
 
 
-def _takes_lone(problem: Problem, plan: Plan) -> int:
-    """1 if the second GEMM writes the rows of ``out`` with one local pair, 2 if rows without any are zeroed, too; or 0.
-
-    The sum does the others.
-    """
-    (rows, top_k), out, many = problem.topk_ids.shape, problem.out, not plan.pairs and plan.lone > 0
+def _takes_lone(problem: Problem, plan: Plan) -> bool:
+    """Whether the second GEMM writes the rows of ``out`` with one local pair, and the sum the others only."""
+    (rows, top_k), out, many = problem.topk_ids.shape, problem.out, not plan.pairs and plan.lone
     told = many and rows * top_k > ONE_LAUNCH_PAIRS and rows >= SUM_ROWS and top_k <= SUM_SLOTS
     places = out.data_ptr(), out.stride(0) * out.element_size(), out.shape[1] * out.element_size()
     aligned = out.dtype == problem.hidden.dtype and all(place % _TMA_ALIGN == 0 for place in places)
-    if not (told and aligned) or fused_moe_wide.suits(problem, plan):
-        return 0
-    return plan.lone if _has_rest(problem, plan) else 1
+    return told and aligned and not fused_moe_wide.suits(problem, plan)
 
 
 def run_pairs(problem: Problem, tokens_hint: int | None, batch_invariant: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,7 +265,7 @@ def _prepare(
     return problem, plan or choose_plan(problem.shape(tokens_hint), device_of(hidden)[0], batch_invariant)
 
 
-def _run_pairs(problem: Problem, plan: Plan, lone: int = 0) -> Tensor:
+def _run_pairs(problem: Problem, plan: Plan, lone: bool = False) -> Tensor:
     pairs = problem.hidden.new_empty(problem.topk_ids.numel(), problem.hidden.shape[1])
     if problem.topk_ids.numel() == 0 or problem.hidden.shape[1] == 0:
         return pairs

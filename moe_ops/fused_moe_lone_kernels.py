@@ -1,8 +1,7 @@
-"""Device code of ``fused_moe`` for many rows of a slice of the experts: rows that have one local pair, or none.
+"""Device code of ``fused_moe`` for many rows of a slice of the experts: rows that have one local pair.
 
-In a slice of an eighth that is 39% and 34% of the rows at K 8. A lone pair, weighted, is all that the top-k sum would
-have: so the second GEMM writes it to the result, and the sum, which reads and writes a row for it, leaves it out. Rows
-without any are zeroed beside the first GEMM, where memory has little to do.
+In a slice of an eighth that is 39% of the rows at K 8. Their pair, weighted, is all that the top-k sum would have: so
+the second GEMM writes it to the result, and the sum, which reads and writes a row for it, leaves it out.
 """
 
 from __future__ import annotations
@@ -70,23 +69,3 @@ def store_pairs(pairs_ptr, places, row_mask, tile, width, acc, factor, LONE: tl.
         tl.store(rows[:, None] + cols[None, :], value.to(kind), mask=row_mask[:, None] & (cols < width)[None, :])
     else:
         store_tile(pairs_ptr, places.to(tl.int64), row_mask, tile, width, acc, BLOCK_N)
-
-
-@triton.jit
-def zero_rows(
-    ids_ptr, valid_ptr, out_ptr, num_rows, width, out_stride, expert_start, num_experts, TOP_K: tl.constexpr
-):  # fmt: skip
-    """Zero the live rows of ``out`` that have no local slot: every program some of them, 32 rows at a time."""
-    SLOTS: tl.constexpr = triton.next_power_of_2(TOP_K)
-    slots, cols = tl.arange(0, SLOTS), tl.arange(0, 256)
-    live = tl.minimum(tl.load(valid_ptr), num_rows)
-    for first in range(tl.program_id(0) * 32, live, tl.num_programs(0) * 32):
-        row = tl.cast(first, tl.int64) + tl.arange(0, 32)
-        asked = (row < live)[:, None] & (slots < TOP_K)[None, :]
-        expert = tl.load(ids_ptr + row[:, None] * TOP_K + slots[None, :], mask=asked, other=-1)
-        local = (expert >= expert_start) & (expert < expert_start + num_experts)
-        none = (tl.sum(local.to(tl.int32), 1) == 0) & (row < live)
-        for col in range(0, width, 256):
-            where = out_ptr + row[:, None] * out_stride + (col + cols)[None, :]
-            zeros = tl.zeros((32, 256), out_ptr.dtype.element_ty)
-            tl.store(where, zeros, mask=none[:, None] & (col + cols < width)[None, :])

@@ -23,7 +23,7 @@ def grouped_tile(index, num_blocks, num_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def whole_rounds(items, programs):
-    """How many of ``items`` are full rounds of ``programs``; all, where the rest is no round of quarters, two an SM.
+    """How many of ``items`` are full rounds of ``programs``; all, where halves of the rest are more than a round.
 
     Example: 132 programs; 432 items are 3 rounds, and 36 items left; of 500 items none are left for other kernels.
     """
@@ -32,10 +32,10 @@ def whole_rounds(items, programs):
 
 
 @triton.jit
-def quarter(index, whole, num_blocks, num_tiles, GROUP: tl.constexpr):
-    """``(block, row half, column half of all tiles)`` of quarter ``index`` of the items from ``whole`` on."""
-    block, tile = grouped_tile(whole + index // 4, num_blocks, num_tiles, GROUP)
-    return block, index % 2, 2 * tile + index // 2 % 2
+def half(index, whole, num_blocks, num_tiles, GROUP: tl.constexpr):
+    """``(block, column half of all tiles)`` of half ``index`` of the items from ``whole`` on."""
+    block, tile = grouped_tile(whole + index // 2, num_blocks, num_tiles, GROUP)
+    return block, 2 * tile + index % 2
 
 
 @triton.jit

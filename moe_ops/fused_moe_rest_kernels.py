@@ -1,8 +1,8 @@
 """Device code of ``fused_moe`` for many rows: what the last round of programs would do with most of them idle.
 
 A round of tiles of 128 x 256 takes 25 us at H 2048 even if only a quarter of the SMs has one. So the kernels of
-``fused_moe_many_kernels`` stop after the last full round, and these do the rest in quarters of tiles, two programs an
-SM. They start as the others' programs end (``pdl``: these read nothing that the others write), and end after them.
+``fused_moe_many_kernels`` stop after the last full round, and these do the rest in halves of tiles. They start as the
+others' programs end (``pdl``: these read nothing that the others write), and end after them.
 """
 
 from __future__ import annotations
@@ -11,30 +11,27 @@ import triton
 import triton.language as tl
 
 from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
-from .fused_moe_lone_kernels import is_pair, load_places, store_pairs, zero_rows
-from .fused_moe_many_kernels import quarter, whole_rounds
+from .fused_moe_lone_kernels import is_pair, load_places, store_pairs
+from .fused_moe_many_kernels import half, whole_rounds
 
 
 @triton.jit
 def gate_up_rest_kernel(
-    x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, act_ptr, ids_ptr, valid_ptr, out_ptr,
-    num_pairs, x_stride, hidden, inner, alpha, limit, programs, num_rows, out_stride, expert_start, num_experts,
+    x_ptr, sorted_ptr, expert_ids_ptr, total_ptr, w, bias_ptr, act_ptr,
+    num_pairs, x_stride, hidden, inner, alpha, limit, programs,
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, ZEROS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Quarters of the tiles that ``gate_up_many_kernel`` with ``programs`` programs leaves. Grid: any.
-
-    ZEROS: rows of ``out`` without a local slot are zeroed, too: ``zero_rows``.
-    """
+    """Halves of the tiles that ``gate_up_many_kernel`` with ``programs`` programs leaves. Grid: any."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tl.cdiv(inner, 2 * BLOCK_N)
+    num_blocks, num_tiles = tl.load(total_ptr) // BLOCK_M, tl.cdiv(inner, 2 * BLOCK_N)
     whole = whole_rounds(num_blocks * num_tiles, programs)
-    for index in range(tl.program_id(0), 4 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
-        block, half, tile = quarter(index, whole, num_blocks, num_tiles, GROUP)
-        position = (2 * block + half).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for index in range(tl.program_id(0), 2 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
+        block, tile = half(index, whole, num_blocks, num_tiles, GROUP)
+        position = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         pairs = tl.load(sorted_ptr + position)
         inner_rows = gate_up_tile(
             x_ptr, (pairs // TOP_K).to(tl.int64) * x_stride, pairs < num_pairs, w, bias_ptr,
@@ -42,8 +39,6 @@ def gate_up_rest_kernel(
             ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
         store_tile(act_ptr, position, pairs <= num_pairs, tile, inner, inner_rows, BLOCK_N)
-    if ZEROS:
-        zero_rows(ids_ptr, valid_ptr, out_ptr, num_rows, hidden, out_stride, expert_start, num_experts, TOP_K)
     if PDL:  # the next kernel waits for this one alone
         tl.extra.cuda.gdc_wait()
 
@@ -56,14 +51,14 @@ def down_rest_kernel(
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Quarters of the tiles that ``down_many_kernel`` with ``programs`` programs leaves. Grid: any."""
+    """Halves of the tiles that ``down_many_kernel`` with ``programs`` programs leaves. Grid: any."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    num_blocks, num_tiles = tl.load(total_ptr) // (2 * BLOCK_M), tl.cdiv(hidden, 2 * BLOCK_N)
+    num_blocks, num_tiles = tl.load(total_ptr) // BLOCK_M, tl.cdiv(hidden, 2 * BLOCK_N)
     whole = whole_rounds(num_blocks * num_tiles, programs)
-    for index in range(tl.program_id(0), 4 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
-        block, half, tile = quarter(index, whole, num_blocks, num_tiles, GROUP)
-        first = (2 * block + half) * BLOCK_M
+    for index in range(tl.program_id(0), 2 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
+        block, tile = half(index, whole, num_blocks, num_tiles, GROUP)
+        first = block * BLOCK_M
         place, factor = load_places(sorted_ptr, place_ptr, factor_ptr, first + tl.arange(0, BLOCK_M), LONE)
         rows = is_pair(place, num_pairs, LONE)
         acc = down_tile(

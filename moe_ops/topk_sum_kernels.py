@@ -66,8 +66,7 @@ def topk_sum_local_kernel(
 
     Grid: (programs, column tiles); a program takes every ``num_programs(0)``-th group of ROWS rows. ``SLOTS``: a power
     of two up to 16; if it covers K, one load brings a group's ids, and the first group's come ahead of the wait; else
-    ROWS is 1. LONE (SLOTS covers K): 1 leaves rows with one local slot as they are, 2 also those without any, see
-    ``fused_moe_lone_kernels``.
+    ROWS is 1. LONE (SLOTS covers K) leaves rows with one local slot as they are, see ``fused_moe_lone_kernels``.
     """
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = cols < hidden
@@ -84,7 +83,7 @@ def topk_sum_local_kernel(
                     group_bits = _local_bits(ids_ptr, row, part, live, expert_start, num_experts, TOP_K, SLOTS, ROWS)
                 bits = (group_bits >> tl.cast(row - group, tl.int64) * SLOTS).to(tl.int32) & ((1 << SLOTS) - 1)
                 if LONE:
-                    wanted = (bits & (bits - 1) != 0) | ((bits == 0) & (LONE == 1))
+                    wanted = (bits == 0) | (bits & (bits - 1) != 0)
                     bits, written = tl.where(wanted, bits, 0), cols < tl.where(wanted, hidden, 0)
                 pair = tl.cast(row, tl.int64) * TOP_K + part
                 while bits != 0:

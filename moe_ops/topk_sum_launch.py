@@ -30,13 +30,12 @@ def device_of(tensor: Tensor) -> tuple[str, int]:
 
 def sum_pairs(
     pairs: Tensor, ids: Tensor, weights: Tensor, valid_tokens: Tensor, out: Tensor, expert_start: int, experts: int,
-    link: dict[str, Any], many: bool | None = None, lone: int = 0,
+    link: dict[str, Any], many: bool | None = None, lone: bool = False,
 ) -> None:  # fmt: skip
     """``out (M, H)``: each live row's K ``pairs (M * K, H)`` of local experts times their weights, summed.
 
     ``many``: the form that reads no remote slot's pair, by default from ``SUM_ROWS`` rows up. Equal bits.
-    ``lone``: 1 where rows with one local slot are there already, 2 where also those without any: see
-    ``fused_moe_lone_kernels``.
+    ``lone``: rows with one local slot are there already, see ``fused_moe_lone_kernels``.
     """
     (rows, width), top_k = out.shape, ids.shape[1]
     many = rows >= SUM_ROWS if many is None else many

@@ -70,7 +70,7 @@ def test_a_thousand_replays_with_other_live_counts(tokens, plan, local):
     """Row r of every replay has the bits that it has in an eager call with all rows live."""
     layer = _layer(tokens, 4, 16, 512, 256)
     layer[3:] = [weight[:local] for weight in layer[3:]]
-    chosen = replace(PLANS[plan], lone=2) if plan else default_plan(Shape(16, 4, 512, 256, tokens))
+    chosen = replace(PLANS[plan], lone=True) if plan else default_plan(Shape(16, 4, 512, 256, tokens))
     live = _live(tokens)
     wanted = launch_fused_moe(*layer, live, 0, plan=chosen)
     graph = torch.cuda.CUDAGraph()

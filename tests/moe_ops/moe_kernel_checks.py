@@ -129,7 +129,7 @@ def _slice(plan: Plan, change: dict) -> tuple[tuple, torch.Tensor, torch.Tensor]
     ids, weights = arguments[1:3]
     local = (ids >= case.start) & (ids < case.start + case.local)
     weights[~local] = float("nan")
-    return arguments, local[: case.live].sum(1), run(*arguments, plan=replace(plan, lone=0))
+    return arguments, local[: case.live].sum(1), run(*arguments, plan=replace(plan, lone=False))
 
 
 MANY = [name for name in PLANS if name.startswith("many")]
@@ -152,39 +152,38 @@ def poison():
 )
 def test_rows_with_one_local_slot_have_the_bits_of_the_sum(plan, change):
     arguments, locals_, wanted = _slice(PLANS[plan], change)
-    got = run(*arguments, plan=replace(PLANS[plan], lone=2))
+    got = run(*arguments, plan=replace(PLANS[plan], lone=True))
     assert all((locals_ == count).sum() > 9 for count in range(3))
     assert torch.equal(got[: SLICE.live], wanted[: SLICE.live]) and torch.isfinite(wanted[: SLICE.live]).all()
 
 
 @pytest.mark.parametrize("plan", ["many-flat", "many-special", "many-rest"])
-def test_rows_with_one_local_slot_or_none_are_there_before_the_sum_which_leaves_them(plan, monkeypatch):
+def test_rows_with_one_local_slot_are_there_before_the_sum_which_leaves_them(plan, monkeypatch):
     arguments, locals_, wanted = _slice(PLANS[plan], {})
     whole_sum = fused_moe_launch.sum_pairs
     monkeypatch.setattr(fused_moe_launch, "sum_pairs", lambda *_, **__: None)
     out = torch.full((SLICE.rows, 2 * SLICE.hidden), 7.0, dtype=DTYPE, device=DEVICE)[:, : SLICE.hidden]
-    run(*arguments, plan=replace(PLANS[plan], lone=2), out=out)
-    there = locals_ < 2 if PLANS[plan].rest else locals_ == 1  # ``rest`` zeroes rows without a local slot
-    lone = torch.cat([there, torch.zeros(SLICE.rows - SLICE.live, dtype=torch.bool, device=DEVICE)])
+    run(*arguments, plan=replace(PLANS[plan], lone=True), out=out)
+    lone = torch.cat([locals_ == 1, torch.zeros(SLICE.rows - SLICE.live, dtype=torch.bool, device=DEVICE)])
     assert torch.equal(out[lone], wanted[lone]) and (out[~lone] == 7).all()
 
     monkeypatch.setattr(fused_moe_launch, "sum_pairs", lambda pairs, *rest, **options: whole_sum(
         torch.where(lone.repeat_interleave(SLICE.top_k)[:, None], float("nan"), pairs), *rest, **options
     ))  # fmt: skip
     out.fill_(7)
-    run(*arguments, plan=replace(PLANS[plan], lone=2), out=out)
+    run(*arguments, plan=replace(PLANS[plan], lone=True), out=out)
     assert torch.equal(out[: SLICE.live], wanted[: SLICE.live]) and (out[SLICE.live :] == 7).all()
     span = SLICE.start, SLICE.local, {"PDL": False}
-    out[: SLICE.live][locals_ < 2] = 3
-    whole_sum(wanted.repeat_interleave(SLICE.top_k, 0), *arguments[1:3], arguments[5], out, *span, lone=2)
-    assert (out[: SLICE.live][locals_ < 2] == 3).all() and (out[: SLICE.live][locals_ > 1] != 3).any(1).all()
+    out[: SLICE.live][locals_ == 1] = 3
+    whole_sum(wanted.repeat_interleave(SLICE.top_k, 0), *arguments[1:3], arguments[5], out, *span, lone=True)
+    assert (out[: SLICE.live][locals_ == 1] == 3).all() and (out[: SLICE.live][locals_ != 1] != 3).any(1).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_lone_pairs_weight_may_be_anything(value):
     arguments, locals_, _ = _slice(PLANS["many"], {})
     arguments[2].fill_(value)
-    got, wanted = (run(*arguments, plan=replace(PLANS["many"], lone=lone))[: SLICE.live] for lone in (2, 0))
+    got, wanted = (run(*arguments, plan=replace(PLANS["many"], lone=lone))[: SLICE.live] for lone in (True, False))
     assert torch.equal(got.nan_to_num(3.0), wanted.nan_to_num(3.0)) and torch.equal(got.isnan(), wanted.isnan())
     assert not torch.isfinite(got[locals_ > 0]).all(1).any() and (got[locals_ == 0] == 0).all()
 

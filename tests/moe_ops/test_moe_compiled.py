@@ -34,7 +34,7 @@ DIVISIBLE = ("x_stride", "hidden", "inner", "out_stride", "width")  # by 16, whi
 FORM = {
     "TOP_K": 8, "ACT": "silu", "GATED": True, "TRANSPOSED": False, "INTERLEAVED": False, "HAS_BIAS": False,
     "HAS_LIMIT": False, "TMA": True, "EVEN_K": True, "PDL": True, "BOX_ROWS": True, "GROUP": 8, "BY_PAIR": False,
-    "LONE": False, "ZEROS": True,
+    "LONE": False,
 }  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def test_align_spills_nothing(bins):
 
 @pytest.mark.parametrize("kernel", ["topk_sum_kernel", "topk_sum_local_kernel"])
 def test_the_sum_spills_nothing_and_leaves_room_for_many_programs(kernel):
-    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "ROWS": 8, "LONE": 2, "PDL": True}
+    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "ROWS": 8, "LONE": True, "PDL": True}
     local = kernel == "topk_sum_local_kernel"
     constants |= {"BLOCK_H": 512} if local else {}
     code = compiled(getattr(topk_sum_kernels, kernel), constants, 1 if local else 4, 3, {})
@@ -214,8 +214,8 @@ def test_a_flat_loop_and_warps_of_their_own_spill_nothing():
     assert special_code.ptx.count("tensormap.replace.tile.box_dim") == 2 and special_code.registers <= 168
 
 
-def test_quarters_of_tiles_leave_room_for_two_programs_an_sm_and_end_after_the_kernel_before():
-    tiles = Tiles(64, 128, 64, 4, 4)
+def test_halves_of_tiles_spill_nothing_and_end_after_the_kernel_before():
+    tiles = Tiles(128, 128, 64, 8, 6)
     for kernel, parts in (
         (fused_moe_rest_kernels.gate_up_rest_kernel, 2),
         (fused_moe_rest_kernels.down_rest_kernel, 1),
@@ -231,7 +231,7 @@ LONE_TILES = {
     "special": Tiles(128, 256, 64, 4, 4, special=True),
     "plain": Tiles(128, 256, 64, 8, 3),
     "swap": Tiles(64, 128, 64, 4, 4, swap=True),
-    "rest": Tiles(64, 128, 64, 4, 4),
+    "rest": Tiles(128, 128, 64, 8, 6),
 }
 
 
