@@ -1,6 +1,6 @@
 """What holds of every call of ``fused_moe``'s kernels, whatever its sizes: run by ``test_moe_properties``.
 
-As in ``moe_kernel_checks``: fp16 in the interpreter, bf16 on a GPU.
+As in ``moe_kernel_checks``: fp16 in the interpreter, bf16 on a GPU. There a few cases only, as each compiles kernels.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from tests.moe_ops.moe_cases import FORMS, Case, build, check, oracle, poisoned_
 from tests.moe_ops.moe_kernel_checks import DEVICE, DTYPE, ON_GPU, PLANS
 from tests.tolerances import FUSED_MOE, relative_error
 
+LAYOUT_PLANS, ROUNDING_PLANS = ["few-swap", "many-wide"], ["few-swap", "few-pointers", "many", "many-wide"]
+if not ON_GPU:
+    LAYOUT_PLANS += ["few-pointers", "many", "many-special", "many-rest"]
+    ROUNDING_PLANS += ["many-flat", "many-rest", "default"]
 CASES = st.builds(
     Case,
     rows=st.integers(1, 20), top_k=st.integers(1, 6), experts=st.integers(1, 14), local=st.integers(1, 6),
@@ -36,16 +40,16 @@ CASES = st.builds(
     whole=st.booleans(), hint=st.integers(0, 40),
 )  # fmt: skip
 @example(Case(20, 6, experts=2, local=1, start=1, hidden=64, inner=64, live=20), "swiglu", "default", True, 1)
-@settings(max_examples=12 if ON_GPU else 80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8 if ON_GPU else 80, deadline=None, derandomize=True, database=None)
 def test_any_call_is_right(case: Case, form: str, plan: str, whole: bool, hint: int) -> None:
     """Ids are -1, other ranks', or wild; experts may have no pair or all; ``whole``: rows that bulk copies can read.
 
-    Few examples on a GPU, where each compiles kernels of its own.
+    In fp16 everywhere: bf16's tolerance is of the mean over more elements than these results have.
     """
     if whole:
         case = replace(case, hidden=case.hidden // 8 * 8, inner=case.inner // 8 * 8)
     case = replace(case, live=min(case.rows, case.live or 0), experts=max(case.experts, case.start + 1))
-    check(launch_fused_moe, case, FORMS[form], DTYPE, DEVICE, plan=PLANS[plan], tokens_hint=hint)
+    check(launch_fused_moe, case, FORMS[form], torch.float16, DEVICE, plan=PLANS[plan], tokens_hint=hint)
 
 
 # Hints of which ``default_plan`` makes one regime, for 8 experts and K 4. Those of few rows choose tiles of 16 and, on
@@ -84,12 +88,23 @@ def test_hints_of_one_regime_give_equal_bits_and_a_hint_may_be_too_low(regime):
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
+def _order_tells(case: Case) -> tuple[torch.Tensor, ...]:
+    """A call in which another order of additions changes bits of the pairs: large products that cancel, far apart."""
+    arguments, _ = build(case, {}, DTYPE, DEVICE)
+    hidden, gate_up, down, inner = arguments[0], arguments[3], arguments[4], case.inner
+    hidden[:, 0], hidden[:, -1] = 256.0, -256.0
+    gate_up[..., 0] = gate_up[..., -1] = 1.0
+    gate_up[:, inner - 1], gate_up[:, -1] = gate_up[:, 0], gate_up[:, inner]
+    down[..., 0], down[..., -1] = 64.0, -64.0
+    return arguments
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("rows", [1, 5, 60, *[10, 200] * ON_GPU])  # the last with tiles that depend on the split
 def test_batch_invariant_pairs_do_not_depend_on_the_rank_split(rows, ranks):
     """A rank that has all experts makes the pairs that ranks with a part of them make, to the bit."""
     case = Case(rows=rows, top_k=3, experts=8, local=8, start=0, hidden=64, inner=48)
-    (hidden, ids, weights, gate_up, down, live, _), _ = build(case, {}, DTYPE, DEVICE)
+    hidden, ids, weights, gate_up, down, live, _ = _order_tells(case)
     whole = launch_fused_moe_pairs(hidden, ids, weights, gate_up, down, live, 0, batch_invariant=True)[0]
     share, seen = case.local // ranks, 0
     for start in range(0, case.local, share):
@@ -125,7 +140,7 @@ class _NoCopyOf(TorchDispatchMode):
         return isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() in self.storages
 
 
-@pytest.mark.parametrize("plan", ["few-swap", "few-pointers", "many", "many-special", "many-rest", "many-wide"])
+@pytest.mark.parametrize("plan", LAYOUT_PLANS)
 @pytest.mark.parametrize("form", ["swiglu", "gelu", "privacy-filter", "gpt-oss"])
 def test_weights_are_read_as_they_lie(form, plan):
     """Default, interleaved, transposed, and both: no operator but views reads them, and nothing as large is made."""
@@ -161,7 +176,7 @@ def _cancelling(activation: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (hidden, ids, weights, gate_up, *rest), options
 
 
-@pytest.mark.parametrize("plan", ["few-swap", "few-pointers", "many", "many-flat", "many-rest", "many-wide", "default"])
+@pytest.mark.parametrize("plan", ROUNDING_PLANS)
 @pytest.mark.parametrize("activation", ["swiglu_oai", "silu"])
 def test_nothing_is_rounded_before_the_activation(activation, plan):
     arguments, options = _cancelling(activation)
