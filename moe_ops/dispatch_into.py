@@ -64,9 +64,13 @@ def launch_dispatch_into(
     *,
     entry_barrier: bool = True,
     experts_per_rank: int = 0,
+    experts_follow: bool = False,
     launch: Launch | None = None,
 ) -> Tensor:
-    """The kernel over symmetric memory: one launch, one barrier, or two with ``entry_barrier``."""
+    """The kernel over symmetric memory: one launch, one barrier, or two with ``entry_barrier``.
+
+    ``experts_follow``: the next launch on this stream is ours, so it may start early and wait (``pdl``).
+    """
     from .dispatch_into_kernels import _dispatch_into_kernel
     from .dispatch_kernels import Batch as KernelBatch
 
@@ -91,7 +95,7 @@ def launch_dispatch_into(
         ENTRY=entry_barrier,
         ROUTED=routed_ids(channel, batch.topk_ids.shape[1], experts_per_rank),
         num_warps=launch.warps,  # pyright: ignore[reportCallIssue]
-        **chain_start(True, live.device),
+        **chain_start(experts_follow, live.device),
     )
     return live
 
@@ -105,9 +109,11 @@ def dispatch_into(
     *,
     entry_barrier: bool = True,
     experts_per_rank: int = 0,
+    experts_follow: bool = False,
 ) -> Tensor:
     """Gather ``batch`` (T rows) of all ranks into ``out`` (M rows); ids of rows >= valid_tokens become -1.
 
+    ``experts_follow``: see ``launch_dispatch_into``.
     Returns the number of gathered rows, (1,) int32: 0 in a workspace that gave up.
     Raises ``SymmetricMemoryError`` where ``out`` is not memory of ``ws.empty``.
     """
@@ -125,7 +131,7 @@ def dispatch_into(
     check_dtype(_OP, "hidden", hidden, (ws.config.dtype,))
     live = launch_dispatch_into(
         ws.channel, ws.buffers, batch, local_tokens, metadata, out, entry_barrier=entry_barrier,
-        experts_per_rank=experts_per_rank,
+        experts_per_rank=experts_per_rank, experts_follow=experts_follow,
     )  # fmt: skip
     if not hidden.is_cuda:
         ws.check()

@@ -72,7 +72,7 @@ def _gather(
         return Batch(*dispatch._run(*batch, local_tokens, metadata, max_tokens, ws.group_name)), False
     dispatch._check(*batch, local_tokens, metadata, max_tokens)
     gathered = ws.layer_batch(max_tokens, batch.topk_ids.dtype, batch.topk_weights.dtype)
-    dispatch_into(ws, batch, local_tokens, metadata, gathered, **ways)
+    dispatch_into(ws, batch, local_tokens, metadata, gathered, experts_follow=True, **ways)
     return gathered, batch.hidden.is_cuda
 
 
