@@ -8,7 +8,8 @@
 ``--layers`` layers with their own weights; rounds of them alternate, each replay starts from a barrier; a figure is the
 median over replays of the slowest rank, in µs a layer. ``launches`` are kernels a layer in a profile of one replay,
 router product included; their names and times go to ``--kernels``. Every result is checked before it is timed: exact
-against plain to the bit, lowered against both others. ``floor_us``: ``layer_models.floor`` of the rank that touches
+against plain to the bit (with ``--rounding compiled``: both round alike there), lowered against both others; a difference
+ends the run. ``floor_us``: ``layer_models.floor`` of the rank that touches
 most experts; ``x_plain_most`` and ``x_today_most`` are what the two ratios would be there.
 """
 
@@ -18,12 +19,13 @@ import csv
 import json
 import os
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,10 @@ import lowering
 import moe_ops
 
 NEAR = 2.0  # steps of bf16 between two logits that two products may order differently
+
+
+class DifferentResults(Exception):
+    """Two ways to compute a layer do not agree; names the layer, and the rows."""
 
 
 @dataclass
@@ -120,10 +126,14 @@ def measure(
     seen: list[Seen] = []
     with torch.no_grad():
         ours(x, layers, count, shape, rank, world, group, seen=seen)
-    errors = compare(variants, torch.stack([layer.steps for layer in seen]).amin(0))
+    replay(variants)
+    _, exact, plain, _ = variants
+    layer = f"{name}, W = {world}, T = {tokens}, rounding {rounding}, rank {rank}"
+    if rounding == "compiled":
+        check_bits(layer, exact, plain)
+    errors = compare(layer, variants, torch.stack([steps for _, steps in seen]).amin(0))
     us = alternate(variants, replays)
     least = least_us(seen, name, tokens)
-    _, exact, plain, _ = variants
     line = {
         "shape": name, "W": world, "T": tokens, "rounding": rounding, "norm": layers[0].norm is not None,
         **{f"{key}_us": round(value, 1) for key, value in us.items()},
@@ -146,20 +156,36 @@ def least_us(seen: list[Seen], name: str, tokens: int) -> float:
     return floor(shape, world, tokens, touched.item())[-1]
 
 
-def compare(variants: list[Variant], steps: Tensor) -> list[float]:
-    """Largest difference between lowered and plain, and today, over the largest value; raises where it is no rounding.
-
-    ``steps (T,)``: of ``steps_to_a_tie``, the least of all layers. A near tie of a router that falls differently
-    changes a whole row: those rows alone may differ by more.
-    """
+def replay(variants: list[Variant]) -> None:
+    """Compute every result once more, from its graph."""
     for variant in variants:
         variant.graph.replay()
     torch.cuda.synchronize()
+
+
+def check_bits(layer: str, one: Variant, other: Variant) -> None:
+    """Raise ``DifferentResults`` unless both results have the same bits."""
+    if not torch.equal(one.result, other.result):
+        rows = (one.result != other.result).any(1).nonzero().flatten().tolist()
+        raise DifferentResults(f"{layer}: {one.name} and {other.name} differ in {len(rows)} rows: {rows[:8]}")
+
+
+def compare(layer: str, variants: list[Variant], steps: Tensor) -> list[float]:
+    """Largest difference between lowered and plain, and today, over the largest value.
+
+    Raises ``DifferentResults`` where it is no rounding. ``steps (T,)``: of ``steps_to_a_tie``, the least of all layers. A near tie of a router that falls differently
+    changes a whole row: those rows alone may differ by more.
+    """
     lowered, _, plain, other = (variant.result.float() for variant in variants)
     errors = []
-    for result, limit in ((plain, 0.02), (other, 0.05)):
+    for name, result, limit in (("plain", plain, 0.02), ("today", other, 0.05)):
         rows = (lowered - result).abs().amax(1) / result.abs().max()
-        assert bool((rows.isfinite() & ((rows < limit) | (steps <= NEAR))).all()), (rows, steps)
+        wrong = (~(rows.isfinite() & ((rows < limit) | (steps <= NEAR)))).nonzero().flatten().tolist()
+        if wrong:
+            raise DifferentResults(
+                f"{layer}: lowered and {name} differ by more than {limit} of the largest value in {len(wrong)} rows that "
+                f"are no near tie: {wrong[:8]}, by {[round(rows[row].item(), 4) for row in wrong[:8]]}"
+            )
         errors.append(round(rows[steps > NEAR].max().item() if bool((steps > NEAR).any()) else 0.0, 4))
     return errors
 
@@ -210,7 +236,10 @@ def main(
             for size in sizes:
                 if is_late(began, minutes):
                     continue
-                line, variants = measure(name, size, stack, replays, mode, ws.group_name)
+                try:
+                    line, variants = measure(name, size, stack, replays, mode, ws.group_name)
+                except DifferentResults as difference:
+                    end_with(difference, lines if rank == 0 else [])
                 lines.append(line)
                 if rank == 0:
                     write_line(out, line)
@@ -218,10 +247,17 @@ def main(
         ws.check()
         ws.close()
         del stack
-    if rank == 0 and lines:
+    if rank == 0:
         report(lines)
     dist.barrier()
     os._exit(0)  # NCCL work captured in graphs can hang its own shutdown
+
+
+def end_with(difference: DifferentResults, lines: list[dict]) -> NoReturn:
+    """Show what there is and end this process with an error: torchrun then ends the others."""
+    report(lines)
+    print(f"error: {difference}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def write_kernels(path: Path | None, line: dict, variants: list[Variant]) -> None:
@@ -248,7 +284,9 @@ def write_line(path: Path | None, line: dict) -> None:
 
 
 def report(lines: list[dict]) -> None:
-    """A table on the terminal."""
+    """A table on the terminal, if there is anything to show."""
+    if not lines:
+        return
     table = Table(*lines[0], title="µs a layer")
     for line in lines:
         table.add_row(*map(str, line.values()))
