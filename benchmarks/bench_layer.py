@@ -8,9 +8,9 @@
 ``--layers`` layers with their own weights; rounds of them alternate, each replay starts from a barrier; a figure is the
 median over replays of the slowest rank, in µs a layer. ``launches`` are kernels a layer in a profile of one replay,
 router product included; their names and times go to ``--kernels``. Every result is checked before it is timed: exact
-against plain to the bit (with ``--rounding compiled``: both round alike there), lowered against both others; a difference
-ends the run. ``floor_us``: ``layer_models.floor`` of the rank that touches
-most experts; ``x_plain_most`` and ``x_today_most`` are what the two ratios would be there.
+against plain to the bit (with ``--rounding compiled``: both round alike there), lowered against both others; a
+difference ends the run. ``floor_us``: ``layer_models.floor`` of the rank that touches most experts; ``x_plain_most`` and
+``x_today_most`` are what the two ratios would be there.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def check_bits(layer: str, one: Variant, other: Variant) -> None:
 def compare(layer: str, variants: list[Variant], steps: Tensor) -> list[float]:
     """Largest difference between lowered and plain, and today, over the largest value.
 
-    Raises ``DifferentResults`` where it is no rounding. ``steps (T,)``: of ``steps_to_a_tie``, the least of all layers. A near tie of a router that falls differently
-    changes a whole row: those rows alone may differ by more.
+    Raises ``DifferentResults`` where it is no rounding. ``steps (T,)``: of ``steps_to_a_tie``, the least of all layers.
+    A near tie of a router that falls differently changes a whole row: those rows alone may differ by more.
     """
     lowered, _, plain, other = (variant.result.float() for variant in variants)
     errors = []
@@ -183,8 +183,8 @@ def compare(layer: str, variants: list[Variant], steps: Tensor) -> list[float]:
         wrong = (~(rows.isfinite() & ((rows < limit) | (steps <= NEAR)))).nonzero().flatten().tolist()
         if wrong:
             raise DifferentResults(
-                f"{layer}: lowered and {name} differ by more than {limit} of the largest value in {len(wrong)} rows that "
-                f"are no near tie: {wrong[:8]}, by {[round(rows[row].item(), 4) for row in wrong[:8]]}"
+                f"{layer}: lowered and {name} differ by more than {limit} of the largest value in {len(wrong)} rows "
+                f"that are no near tie: {wrong[:8]}, by {[round(rows[row].item(), 4) for row in wrong[:8]]}"
             )
         errors.append(round(rows[steps > NEAR].max().item() if bool((steps > NEAR).any()) else 0.0, 4))
     return errors
