@@ -39,7 +39,7 @@ from .report import Outcome
 aten, prims = torch.ops.aten, torch.ops.prims
 MAX_ROWS = 64  # 128 are slower beside (2709 us, 2705 behind; Qwen2-MoE 221, 212), 32 faster (2 H200s, bench_overlap)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default)
-PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # and which argument is their input
+PRODUCTS: dict[Any, int] = {aten.mm.default: 0, aten.addmm.default: 1}  # and which argument is their input
 LARGEST_ACTIVATION = 40  # nodes; gelu has about ten
 OTHER_ACTIVATION = "no silu(gate) * up of two products without bias, or of the halves of one, gate first"
 LAYER = (

@@ -64,7 +64,10 @@ def _check(
         )
 
 
-def _fake(x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, transposed=False, batch_invariant=False):
+def _fake(
+    x: Tensor, topk_ids: Tensor, weight: Tensor, valid_tokens: Tensor, local_expert_start: int, *,
+    bias: Tensor | None = None, transposed: bool = False, batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
     _check(x, topk_ids, weight, valid_tokens, local_expert_start, bias, transposed)
     return x.new_empty(topk_ids.numel(), _width(weight, transposed)[1])
 
@@ -87,7 +90,10 @@ def expert_linear_reference(
     return out
 
 
-def _cpu(x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, transposed=False, batch_invariant=False):
+def _cpu(
+    x: Tensor, topk_ids: Tensor, weight: Tensor, valid_tokens: Tensor, local_expert_start: int, *,
+    bias: Tensor | None = None, transposed: bool = False, batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
     _check(x, topk_ids, weight, valid_tokens, local_expert_start, bias, transposed)
     return expert_linear_reference(
         x, topk_ids, weight, valid_tokens, local_expert_start, bias=bias, transposed=transposed
@@ -95,8 +101,9 @@ def _cpu(x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, tr
 
 
 def launch_expert_linear(
-    x, topk_ids, weight, valid_tokens, local_expert_start, *, bias=None, transposed=False, batch_invariant=False
-):
+    x: Tensor, topk_ids: Tensor, weight: Tensor, valid_tokens: Tensor, local_expert_start: int, *,
+    bias: Tensor | None = None, transposed: bool = False, batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
     """The Triton implementation: an align launch and one persistent kernel."""
     from .expert_linear_kernels import launch
 

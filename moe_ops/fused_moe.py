@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from .errors import ArgumentError, DtypeError, ShapeError
 from .moe_reference import fused_moe_reference
 from .registration import register_op
 from .shapes import check_dtype, check_rank, check_same_device, check_scalar_count, check_topk
+
+if TYPE_CHECKING:
+    from .fused_moe_config import Plan
 
 _OP = "fused_moe"
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -109,10 +113,12 @@ def _check(
 
 
 def _fake(
-    hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, *, activation="silu",
-    alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None,
-    tokens_hint=None, out_dtype=None, batch_invariant=False,
-):  # fmt: skip
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, valid_tokens: Tensor,
+    local_expert_start: int, *, activation: str = "silu", alpha: float | None = None, limit: float | None = None,
+    gated: bool = True, transposed: bool = False, interleaved: bool = False, gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, tokens_hint: int | None = None,
+    out_dtype: torch.dtype | None = None, batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
     form = ExpertForm(activation, alpha, limit, gated, transposed, interleaved)
     _check(
         hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, form, gate_up_bias,
@@ -122,10 +128,12 @@ def _fake(
 
 
 def _cpu(
-    hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, *, activation="silu",
-    alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None,
-    tokens_hint=None, out_dtype=None, batch_invariant=False,
-):  # fmt: skip
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, valid_tokens: Tensor,
+    local_expert_start: int, *, activation: str = "silu", alpha: float | None = None, limit: float | None = None,
+    gated: bool = True, transposed: bool = False, interleaved: bool = False, gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, tokens_hint: int | None = None,
+    out_dtype: torch.dtype | None = None, batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
     form = ExpertForm(activation, alpha, limit, gated, transposed, interleaved)
     _check(
         hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, form, gate_up_bias,
@@ -139,10 +147,13 @@ def _cpu(
 
 
 def launch_fused_moe(
-    hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, *, activation="silu",
-    alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None,
-    tokens_hint=None, out_dtype=None, batch_invariant=False, out=None, plan=None,
-):  # fmt: skip
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, valid_tokens: Tensor,
+    local_expert_start: int, *, activation: str = "silu", alpha: float | None = None, limit: float | None = None,
+    gated: bool = True, transposed: bool = False, interleaved: bool = False, gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, tokens_hint: int | None = None,
+    out_dtype: torch.dtype | None = None, batch_invariant: bool = False, out: Tensor | None = None,
+    plan: Plan | None = None,
+) -> Tensor:  # fmt: skip
     """The Triton implementation. ``out (M, H)``, rows contiguous, is written and returned where given
     (the combine buffer); ``plan`` overrides the choice of ``fused_moe_config.choose_plan``."""
     from .fused_moe_launch import Problem, run
@@ -163,10 +174,12 @@ def launch_fused_moe(
 
 
 def launch_fused_moe_pairs(
-    hidden, topk_ids, topk_weights, gate_up, down, valid_tokens, local_expert_start, *, activation="silu",
-    alpha=None, limit=None, gated=True, transposed=False, interleaved=False, gate_up_bias=None, down_bias=None,
-    tokens_hint=None, batch_invariant=False, behind_dispatch=False,
-):  # fmt: skip
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, valid_tokens: Tensor,
+    local_expert_start: int, *, activation: str = "silu", alpha: float | None = None, limit: float | None = None,
+    gated: bool = True, transposed: bool = False, interleaved: bool = False, gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None, tokens_hint: int | None = None,
+    batch_invariant: bool = False, behind_dispatch: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """All but the last step, the sum over each row's K pairs: see ``fused_moe_launch.run_pairs``.
 
     ``behind_dispatch``: see ``fused_moe_launch.Problem``.

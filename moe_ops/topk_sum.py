@@ -38,8 +38,9 @@ def _check(
 
 
 def _fake(
-    pairs, topk_ids, topk_weights, valid_tokens, local_expert_start, num_local_experts, *, out_dtype=None
-):  # fmt: skip
+    pairs: Tensor, topk_ids: Tensor, topk_weights: Tensor, valid_tokens: Tensor, local_expert_start: int,
+    num_local_experts: int, *, out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     _check(pairs, topk_ids, topk_weights, valid_tokens, local_expert_start, num_local_experts, out_dtype)
     return pairs.new_empty(topk_ids.shape[0], pairs.shape[1], dtype=out_dtype or pairs.dtype)
 
@@ -61,8 +62,9 @@ def topk_sum_reference(
 
 
 def _cpu(
-    pairs, topk_ids, topk_weights, valid_tokens, local_expert_start, num_local_experts, *, out_dtype=None
-):  # fmt: skip
+    pairs: Tensor, topk_ids: Tensor, topk_weights: Tensor, valid_tokens: Tensor, local_expert_start: int,
+    num_local_experts: int, *, out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     _check(pairs, topk_ids, topk_weights, valid_tokens, local_expert_start, num_local_experts, out_dtype)
     return topk_sum_reference(
         pairs.contiguous(), topk_ids, topk_weights, valid_tokens, local_expert_start, num_local_experts,
@@ -71,8 +73,9 @@ def _cpu(
 
 
 def launch_topk_sum(
-    pairs, topk_ids, topk_weights, valid_tokens, local_expert_start, num_local_experts, *, out_dtype=None
-):  # fmt: skip
+    pairs: Tensor, topk_ids: Tensor, topk_weights: Tensor, valid_tokens: Tensor, local_expert_start: int,
+    num_local_experts: int, *, out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """The Triton implementation: the last kernel of ``fused_moe``."""
     _check(pairs, topk_ids, topk_weights, valid_tokens, local_expert_start, num_local_experts, out_dtype)
     out = pairs.new_empty(topk_ids.shape[0], pairs.shape[1], dtype=out_dtype or pairs.dtype)
