@@ -23,7 +23,7 @@ SPILLS = {
     ("E16-K8-H2048-I768 T=128", "gate_up_few_kernel"): 2,  # Triton 3.9
     ("E128-K8-H2048-I768 T=4", "gate_up_few_kernel"): 3,  # Triton 3.6
 }
-SHARED = 228 * 1024  # of an SM, bytes; each program takes 1024 more than it asks for
+SHARED = 227 * 1024  # bytes that a program can ask for
 TOKENS = sorted({1, 2, 3, 5, 33, 1000, 4097, 20000} | {near for n in range(14) for near in (2**n, 2**n + 1)})
 
 
@@ -36,9 +36,9 @@ def test_plans_of_the_table_fit_and_spill_nothing(point):
     assert len(gemms) == (4 if plan.rest else 2)
     for launch in gemms:
         code, tiles = launch.compiled(), plan.gate_up if launch.kernel.startswith("gate_up") else plan.down
-        used, programs = usage(code), 2 if "rest" in launch.kernel else 1
+        used = usage(code)
         assert used.spills <= SPILLS.get((point, launch.kernel), 0), launch.kernel
-        assert programs * (used.shared + 1024) <= SHARED, launch.kernel
+        assert used.shared <= SHARED, launch.kernel
         assert ("wgmma.mma_async" in code.asm["ptx"]) == (tiles.swap or tiles.block_m >= 64), launch.kernel
         assert "cp.async.bulk.tensor" in code.asm["ptx"]
 
