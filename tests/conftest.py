@@ -33,7 +33,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def forked_ranks() -> None:
     """Ranks start in milliseconds in place of seconds."""
-    from tests import forked
+    from tests import collector, forked  # noqa: F401
 
     forked.install()
 

@@ -16,9 +16,12 @@ _starting = Lock()
 STARTERS = ("graphs.launch", "moe_ops.emulator.ranks")
 INTERPRETED = [
     "torch._inductor.compile_fx", "graphs.selftest", "tests.moe_ops.preload", "tests.moe_ops.rank_checks",
-    "tests.moe_ops.emulated",
+    "tests.moe_ops.emulated", "tests.collector",
 ]  # fmt: skip
-COMPILED = ["torch._inductor.compile_fx", "graphs.cli", "accelerate", "tests.graphs.model_jobs", "tests.graphs.soak"]
+COMPILED = [
+    "torch._inductor.compile_fx", "graphs.cli", "accelerate", "tests.graphs.model_jobs", "tests.graphs.soak",
+    "tests.collector",
+]  # fmt: skip
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.lowering.launches import Step, check_code
 
 
 @pytest.fixture(autouse=True)
-def schedules(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Step, ...]]:
+def schedules() -> Iterator[list[tuple[Step, ...]]]:
     """What the graphs communicate that the test explains, as Inductor scheduled them; each was found safe.
 
     ``test_models.py`` so has decode steps of real architectures checked, without another compile.
@@ -24,5 +25,6 @@ def schedules(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Step, ...]]:
         seen.extend(steps for source in sources for steps in check_code(source))
         return result, sources
 
-    monkeypatch.setattr(torch_compat, "output_code", output_code)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which would then outlast a file's fixtures
+        patch.setattr(torch_compat, "output_code", output_code)
+        yield seen
