@@ -52,5 +52,5 @@ class PeerTimeoutError(MoeEpError):
             "restart the missing rank(s), or call workspace.reset(group) on the survivors' new group and go on."
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple]:
         return type(self), (self.op, self.epoch, self.missing_ranks, self.timeout_s)

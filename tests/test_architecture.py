@@ -91,11 +91,25 @@ def stray_transformers(source: str, path: str) -> list[str]:
     return found
 
 
+def untyped(source: str, path: str) -> list[str]:
+    """Functions with an argument or a result that has no type; device code has none, its constants apart."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef) or any("jit" in ast.unparse(d) for d in node.decorator_list):
+            continue
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        bare = [a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls")]
+        if bare or (node.returns is None and node.name != "__init__"):
+            found.append(f"{path}:{node.lineno}: {node.name} has no type for {', '.join(bare) or 'its result'}")
+    return found
+
+
 RULES = {
     "import direction": wrong_directions,
     "private torch API": private_torch,
     "inline asm": stray_asm,
     "transformers": stray_transformers,
+    "type hints": untyped,
 }
 
 
@@ -116,6 +130,8 @@ def test_shipped_files_keep_the_rule(rule: str):
         ("private torch API", "graphs/report.py", "import torch._higher_order_ops.wrap"),
         ("inline asm", "moe_ops/dispatch_kernels.py", "tl.inline_asm_elementwise('')"),
         ("transformers", "moe_ops/align.py", "import transformers"),
+        ("type hints", "moe_ops/align.py", "def f(x) -> int: ..."),
+        ("type hints", "moe_ops/align.py", "class A:\n    def f(self): ..."),
         ("transformers", "graphs/experts.py", "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS"),
     ],
 )
@@ -132,6 +148,8 @@ def test_rule_finds_a_breach(rule: str, path: str, source: str):
         ("private torch API", "moe_ops/align.py", "torch._check(x)\ntorch.ops.aten._to_copy.default"),
         ("inline asm", "moe_ops/ptx.py", "tl.inline_asm_elementwise('')"),
         ("transformers", "graphs/decode.py", "from transformers import AutoModelForCausalLM"),
+        ("type hints", "moe_ops/align_kernels.py", "@triton.jit\ndef f(x_ptr, N: tl.constexpr): ..."),
+        ("type hints", "moe_ops/align.py", "class A:\n    def __init__(self, x: int): ..."),
     ],
 )
 def test_rule_allows(rule: str, path: str, source: str):
