@@ -67,9 +67,11 @@ def _few_tiles(rows: int, parts: int) -> Iterator[Tiles]:
     """Weight-streaming tiles; ``parts`` 2 for gate and up, whose tile is twice as wide as ``block_n``."""
     for wide, depth, stages in (
         (64, 128, 3), (64, 128, 4), (64, 128, 6), (64, 256, 3), (64, 256, 5), (64, 64, 6), (64, 64, 10),
-        (128, 64, 4), (128, 64, 6), (128, 128, 3), (128, 128, 5), (256, 64, 4),
+        (128, 64, 4), (128, 64, 5), (128, 64, 6), (128, 128, 3), (128, 128, 5),
+        (256, 64, 3), (256, 64, 4), (256, 128, 2),
     ):  # fmt: skip
-        yield Tiles(rows, wide // parts, depth, 8 if wide == 256 else 4, stages, swap=True)
+        for warps in (4, 8) if wide == 256 else (4,):
+            yield Tiles(rows, wide // parts, depth, warps, stages, swap=True)
     if rows <= 32:
         for wide, depth, stages in (
             (16, 256, 4), (16, 512, 3), (32, 128, 5), (32, 256, 3), (32, 256, 6), (64, 128, 4), (64, 256, 3),
@@ -153,9 +155,9 @@ def launching_variants(plan: Plan) -> Iterator[Plan]:
         for slots in (0, 2, 4, 8, 16):
             yield replace(plan, slots=slots)
         return
-    for group in (1, 4, 16, 32):
+    for group in (1, 2, 4, 8, 16, 32):
         yield replace(plan, group=group)
-    for programs in (1, 2, 3, 16):
+    for programs in (1, 2, 3, 4, 16):
         yield replace(plan, programs=programs)
     if plan.gate_up.block_m == 128:
         yield replace(plan, rest=True)
