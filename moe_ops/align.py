@@ -39,10 +39,22 @@ def _check(
             f"{_OP}: num_local_experts={num_local_experts}, local_expert_start={local_expert_start}; "
             f"pass 1 to {MAX_LOCAL_EXPERTS} experts and a start of at least 0."
         )
+    _positions(topk_ids, block_size, num_local_experts)
+
+
+def _positions(topk_ids: Tensor, block_size: int, num_local_experts: int) -> int:
+    """Length of ``sorted_token_ids``, which ``num_tokens_post_padded`` may be: int32, too."""
+    size = padded_pairs(topk_ids.numel(), num_local_experts, block_size)
+    if size > MAX_PAIRS:
+        raise ShapeError(
+            f"{_OP}: topk_ids {tuple(topk_ids.shape)} padded to blocks of {block_size} for each of "
+            f"{num_local_experts} experts takes up to {size} positions, more than {MAX_PAIRS}; split the batch."
+        )
+    return size
 
 
 def _empty_outputs(topk_ids: Tensor, block_size: int, num_local_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    size = padded_pairs(topk_ids.numel(), num_local_experts, block_size)
+    size = _positions(topk_ids, block_size, num_local_experts)
     make = lambda length: torch.empty(length, dtype=torch.int32, device=topk_ids.device)  # noqa: E731
     return make(size), make(size // block_size), make(1)
 
@@ -65,7 +77,7 @@ def launch_align(
     topk_ids: Tensor, valid_tokens: Tensor, block_size: int, num_local_experts: int, local_expert_start: int,
     behind_dispatch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The Triton implementation: one launch, two above 4096 pairs. ``behind_dispatch``: see ``fused_moe_launch``."""
+    """The Triton implementation: one launch, two above 2048 pairs. ``behind_dispatch``: see ``fused_moe_launch``."""
     _check(topk_ids, valid_tokens, block_size, num_local_experts, local_expert_start)
     return align_blocks(
         topk_ids, valid_tokens, block_size, num_local_experts, local_expert_start, behind_dispatch
@@ -122,5 +134,5 @@ Returns, all int32 and of static length:
 ``num_tokens_post_padded``  (1,) how much of ``sorted_token_ids`` is used
 
 Ids outside ``[local_expert_start, local_expert_start + E_l)`` and rows >= ``valid_tokens`` take no part.
-Raises ``ShapeError`` (more than 2^31 - 1 pairs), ``DtypeError``, ``DeviceError``, ``ArgumentError``.
+Raises ``ShapeError`` (S above 2^31 - 1), ``DtypeError``, ``DeviceError``, ``ArgumentError``.
 """

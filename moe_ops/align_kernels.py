@@ -14,9 +14,11 @@ from torch import Tensor
 from .fused_moe_lone_kernels import destinations
 from .pdl import chain_link, chain_start
 
-ONE_LAUNCH_PAIRS = 4096
+ONE_LAUNCH_PAIRS = 2048
+_SHARE = 32  # pairs that a program of the one-launch form places
 _PARTS = 4  # of the pairs, which a program of the one-launch form counts apart: only one of them twice
 _PROGRAMS = 128  # about one an SM
+_TABLE = 4096  # counts that a program of the two-launch form reads at once
 _BLOCKS = 4  # blocks that a program of the one-launch form pads at once
 
 
@@ -43,15 +45,18 @@ def _fill(ptr, first, end, step, value, CHUNK: tl.constexpr):
 def _earlier_equal(local, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     """How many pairs of its group of SIZE before each pair have its expert: one group [5, 3, 5] gives [0, 0, 1]."""
     groups, at = tl.reshape(local, (GROUPS, SIZE)), tl.arange(0, SIZE)
+    begin = groups * SIZE  # of an expert's keys; a pair's key is that plus its place, so one compare says all
     # the axis that is summed comes first, so that each thread has it to itself
-    equal = tl.trans(groups)[:, :, None] == groups[None, :, :]
-    earlier = equal & (at[:, None, None] < at[None, None, :])
+    past = tl.trans(begin + at[None, :])[:, :, None] - begin[None, :, :]
+    earlier = past.to(tl.uint32, bitcast=True) < at[None, None, :].to(tl.uint32)
     return tl.reshape(tl.sum(earlier.to(tl.int32), axis=0), (GROUPS * SIZE,))
 
 
 @triton.jit
 def _ranks(local, has, GROUPS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr):
     """How many pairs before each pair have its expert, and how many of all: among groups by counting, then within."""
+    if GROUPS == 1:
+        return _earlier_equal(tl.where(has, local, -1), 1, SIZE), tl.histogram(local, BINS, mask=has)
     which = tl.arange(0, GROUPS * SIZE) // SIZE * BINS + local
     counts = tl.reshape(tl.histogram(which, GROUPS * BINS, mask=has), (GROUPS, BINS))
     before = tl.reshape(tl.cumsum(counts, 0) - counts, (GROUPS * BINS,))
@@ -107,33 +112,34 @@ def _align_kernel(
     ends = tl.cumsum(padded, 0)
     rank = _earlier_equal(tl.where(own_has, own, -1), 1, SHARE)
     tl.store(sorted_ptr + tl.gather(ends - padded + before, own, 0) + rank, own_pair, mask=own_has)
-    total = tl.max(ends)
-    bins = tl.arange(0, BINS)
+    filled_ends = ends - padded + counts
     PIECE: tl.constexpr = BLOCK & -BLOCK  # of a block: fused_moe asks for blocks of 192, which no range can have
     for first in range(program * BLOCKS, sorted_size // PIECE, tl.num_programs(0) * BLOCKS):
         piece = (first + tl.arange(0, BLOCKS)) * PIECE
         expert = tl.sum((ends[None, :] <= piece[:, None]).to(tl.int32), axis=1)
-        # where the pairs of the piece's expert end; past the total there is none, and all is padding
-        filled = tl.sum(tl.where(bins[None, :] == expert[:, None], (ends - padded + counts)[None, :], 0), axis=1)
+        # where the pairs of the piece's expert end; past the total, those of the last one, and all is padding
+        filled = tl.gather(filled_ends, tl.minimum(expert, BINS - 1), 0)
         begins = (piece < sorted_size) & (piece % BLOCK == 0)
-        tl.store(expert_ids_ptr + piece // BLOCK, tl.where(piece < total, expert, -1), mask=begins)
+        tl.store(expert_ids_ptr + piece // BLOCK, tl.where(expert < BINS, expert, -1), mask=begins)
         where = piece[:, None] + tl.arange(0, PIECE)[None, :]
         mask = (where >= filled[:, None]) & (where < sorted_size)
         tl.store(sorted_ptr + where, tl.full((BLOCKS, PIECE), 0, tl.int32) + pairs_total, mask=mask)
     if program == 0:
-        tl.store(total_ptr, total)
+        tl.store(total_ptr, tl.max(ends))
 
 
 @triton.jit
 def _count_kernel(
-    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, place_ptr,
+    ids_ptr, valid_ptr, counts_ptr, sorted_ptr, place_ptr,
     num_rows, top_k, expert_start, num_experts, sorted_size, share,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, LONE: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, FILL: tl.constexpr, BINS: tl.constexpr, LONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``counts[p, e]`` = pairs of expert e among the ``share`` pairs from ``p * share`` on; fills the outputs.
+    """``counts[p, e]`` = pairs of expert e among the ``share`` pairs from ``p * share`` on; fills what is sorted.
 
     Grid: one program a share. Example: ids [[1, 0], [1, 2]], E_l 2, share 2: counts [[1, 1], [0, 1]].
     """
+    if PDL == 2:  # dispatch still ran
+        tl.extra.cuda.gdc_wait()
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
@@ -144,10 +150,9 @@ def _count_kernel(
     # the first chunk ahead of the loop, whose bound waits for the live count
     _, local, has = _local_ids(ids_ptr, first, end_pair, end, expert_start, num_experts, CHUNK)
     size = tl.cast(sorted_size, tl.int64)
-    _fill(sorted_ptr, program * CHUNK, size, programs * CHUNK, pairs_total.to(tl.int32), CHUNK)
-    _fill(expert_ids_ptr, program * CHUNK, size // BLOCK, programs * CHUNK, -1, CHUNK)
+    _fill(sorted_ptr, program * FILL, size, programs * FILL, pairs_total.to(tl.int32), FILL)
     if LONE:
-        _fill(place_ptr, program * CHUNK, size, programs * CHUNK, 0, CHUNK)
+        _fill(place_ptr, program * FILL, size, programs * FILL, 0, FILL)
     counts = tl.histogram(local, BINS, mask=has)
     for later in range(first + CHUNK, end_pair, CHUNK):
         _, local, has = _local_ids(ids_ptr, later, end_pair, end, expert_start, num_experts, CHUNK)
@@ -159,25 +164,28 @@ def _count_kernel(
 def _sum_shares(counts_ptr, program, shares, BINS: tl.constexpr, ROWS: tl.constexpr):
     """Pairs of each expert, all and those of shares before ``program``'s, from the counts of all shares."""
     bins = tl.arange(0, BINS)
-    counts, before = tl.zeros((BINS,), tl.int32), tl.zeros((BINS,), tl.int32)
+    KEPT: tl.constexpr = ROWS if BINS > 32 else 1  # rows that are added up at the end; of few bins one turn reads all
+    counts, before = tl.zeros((KEPT, BINS), tl.int32), tl.zeros((KEPT, BINS), tl.int32)
     for first in range(0, shares, ROWS):
         row = first + tl.arange(0, ROWS)
         part = tl.load(counts_ptr + row[:, None] * BINS + bins[None, :], mask=(row < shares)[:, None], other=0)
-        counts += tl.sum(part, 0)
-        before += tl.sum(tl.where((row < program)[:, None], part, 0), 0)
-    return counts, before
+        earlier = tl.where((row < program)[:, None], part, 0)
+        counts += part if KEPT > 1 else tl.sum(part, 0, keep_dims=True)
+        before += earlier if KEPT > 1 else tl.sum(earlier, 0, keep_dims=True)
+    return tl.sum(counts, 0), tl.sum(before, 0)
 
 
 @triton.jit
 def _scatter_kernel(
     ids_ptr, valid_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr,
     weights_ptr, pairs_ptr, out_ptr, place_ptr, factor_ptr,
-    num_rows, top_k, expert_start, num_experts, share, width, out_stride,
+    num_rows, top_k, expert_start, num_experts, share, blocks, width, out_stride,
     BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr,
-    LONE: tl.constexpr, PDL: tl.constexpr,
+    ONE: tl.constexpr, LONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the pairs of one share to where the counts of all shares put them. Grid: one program a share.
+    """Write the pairs of one share to where the counts of all shares put them, and a part of the ``blocks``' experts.
 
+    Grid: one program a share. ONE: a share is one chunk.
     LONE: K, or 0; then ``place`` and ``factor[position]`` are ``destinations`` of the pair there.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -205,33 +213,33 @@ def _scatter_kernel(
         position = tl.gather(base, local, 0) + rank
         tl.store(place_ptr + position, place, mask=has)
         tl.store(factor_ptr + position, factor, mask=has)
-    base += here
-    for first in range(program * share + CHUNK, end, CHUNK):
-        pair, local, has = _local_ids(ids_ptr, first, end, pairs_total, expert_start, num_experts, CHUNK)
-        rank, here = _ranks(local, has, GROUPS, SIZE, BINS)
-        tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
-        if LONE:
-            place, factor = destinations(
-                ids_ptr, weights_ptr, pairs_ptr, out_ptr, width, out_stride, pair, has, pair < pairs_total,
-                expert_start, num_experts, LONE, CHUNK,
-            )  # fmt: skip
-            position = tl.gather(base, local, 0) + rank
-            tl.store(place_ptr + position, place, mask=has)
-            tl.store(factor_ptr + position, factor, mask=has)
+    if not ONE:
         base += here
-    # the blocks of expert e: programs take every num_programs-th expert
-    bins = tl.arange(0, BINS)
-    for expert in range(program, num_experts, tl.num_programs(0)):
-        past = tl.sum(tl.where(bins == expert, ends, 0))
-        begin = past - tl.sum(tl.where(bins == expert, padded, 0))
-        _fill(expert_ids_ptr, begin // BLOCK, past // BLOCK, CHUNK, expert, CHUNK)
+        for first in range(program * share + CHUNK, end, CHUNK):
+            pair, local, has = _local_ids(ids_ptr, first, end, pairs_total, expert_start, num_experts, CHUNK)
+            rank, here = _ranks(local, has, GROUPS, SIZE, BINS)
+            tl.store(sorted_ptr + tl.gather(base, local, 0) + rank, pair.to(tl.int32), mask=has)
+            if LONE:
+                place, factor = destinations(
+                    ids_ptr, weights_ptr, pairs_ptr, out_ptr, width, out_stride, pair, has, pair < pairs_total,
+                    expert_start, num_experts, LONE, CHUNK,
+                )  # fmt: skip
+                position = tl.gather(base, local, 0) + rank
+                tl.store(place_ptr + position, place, mask=has)
+                tl.store(factor_ptr + position, factor, mask=has)
+            base += here
+    end_blocks = ends // BLOCK
+    for first in range(program * ROWS, blocks, tl.num_programs(0) * ROWS):
+        block = (first + tl.arange(0, ROWS)).to(tl.int32)
+        expert = tl.sum((end_blocks[None, :] <= block[:, None]).to(tl.int32), axis=1)
+        tl.store(expert_ids_ptr + block, tl.where(expert < BINS, expert, -1), mask=block < blocks)
     if program == 0:
         tl.store(total_ptr, tl.max(ends))
 
 
 def _launch_two(
     topk_ids: Tensor, valid_tokens: Tensor, outputs: tuple[Tensor, Tensor, Tensor], block_size: int,
-    num_local_experts: int, local_expert_start: int, lone: tuple[Tensor, ...] | None,
+    num_local_experts: int, local_expert_start: int, lone: tuple[Tensor, ...] | None, behind_dispatch: bool,
 ) -> None:  # fmt: skip
     sorted_ids, expert_ids, total = outputs
     bins = max(triton.next_power_of_2(num_local_experts), 16)
@@ -241,16 +249,18 @@ def _launch_two(
     shares = triton.cdiv(topk_ids.numel(), share)
     counts = torch.empty(shares, bins, dtype=torch.int32, device=topk_ids.device)
     sizes = topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts
-    options = {"BLOCK": block_size, "BINS": bins, "LONE": topk_ids.shape[1] if lone else 0, "num_warps": 4}
+    options = {"BINS": bins, "LONE": topk_ids.shape[1] if lone else 0, "num_warps": 4}
     strides = (lone[1].shape[1], lone[2].stride(0)) if lone else (0, 0)
     lone = lone or 5 * (counts,)
     _count_kernel[(shares,)](
-        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, lone[3], *sizes, sorted_ids.numel(), share,
-        CHUNK=min(triton.next_power_of_2(share), 1024), **options, **chain_start(True, topk_ids.device),
+        topk_ids, valid_tokens, counts, sorted_ids, lone[3], *sizes, sorted_ids.numel(), share,
+        CHUNK=min(triton.next_power_of_2(share), 1024), FILL=256, **options,
+        **chain_start(True, topk_ids.device, behind_dispatch),
     )  # fmt: skip
     _scatter_kernel[(shares,)](
-        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *lone, *sizes, share, *strides,
-        GROUPS=groups, SIZE=size, ROWS=max(4096 // bins, 1),
+        topk_ids, valid_tokens, counts, sorted_ids, expert_ids, total, *lone,
+        *sizes, share, expert_ids.numel(), *strides,
+        BLOCK=block_size, GROUPS=groups, SIZE=size, ROWS=max(_TABLE // bins, 1), ONE=share == groups * size,
         **options, **chain_link(True, topk_ids.device),
     )  # fmt: skip
 
@@ -271,19 +281,19 @@ def launch(
     ``destinations``, and what gets these, (S,) int64 and fp32.
     """
     if topk_ids.numel() > ONE_LAUNCH_PAIRS:
-        _launch_two(topk_ids, valid_tokens, outputs, block_size, num_local_experts, local_expert_start, lone)
+        sizes = block_size, num_local_experts, local_expert_start
+        _launch_two(topk_ids, valid_tokens, outputs, *sizes, lone, behind_dispatch)
         return
     assert lone is None, "one launch tells no lone pairs"
     sorted_ids, expert_ids, total = outputs
     pairs, blocks = topk_ids.numel(), expert_ids.numel()
     whole = max(triton.next_power_of_2(pairs), 128)
     parts = _PARTS if whole > 1024 else 1
-    share = max(triton.next_power_of_2(triton.cdiv(pairs, _PROGRAMS)), 32)
-    programs = max(triton.cdiv(pairs, share), min(triton.cdiv(blocks, _BLOCKS), _PROGRAMS))
+    programs = max(triton.cdiv(pairs, _SHARE), min(triton.cdiv(blocks, _BLOCKS), _PROGRAMS))
     _align_kernel[(programs,)](
         topk_ids, valid_tokens, sorted_ids, expert_ids, total,
         topk_ids.shape[0], topk_ids.shape[1], local_expert_start, num_local_experts, sorted_ids.numel(),
         BLOCK=block_size, PART=whole // parts, PARTS=parts, BINS=triton.next_power_of_2(num_local_experts),
-        SHARE=share, BLOCKS=_BLOCKS, num_warps=min(max(whole // 256, 4), 8),
+        SHARE=_SHARE, BLOCKS=_BLOCKS, num_warps=min(max(whole // 256, 4), 8),
         **chain_start(True, topk_ids.device, behind_dispatch),
     )  # fmt: skip

@@ -231,6 +231,7 @@ def test_the_sum_has_equal_bits_in_both_forms(rows, top_k, local, start, experts
         (5, 2, 1, 0, 0),
         (3, 2, 100, 0, 3),
         (600, 8, 3, 0, 600),
+        (250, 8, 40, 3, 240),
         (300, 8, 40, 3, 280),
         (513, 8, 200, 1, 70),
         (4500, 8, 129, 0, 4490),
@@ -238,6 +239,20 @@ def test_the_sum_has_equal_bits_in_both_forms(rows, top_k, local, start, experts
     ],
 )
 def test_align(rows, top_k, local, start, live, block):
+    check_align(rows, top_k, local, start, live, block)
+
+
+@pytest.mark.parametrize(
+    ("rows", "top_k", "local", "start", "live", "block"),
+    [(60, 8, 600, 1, 58, 16), (160, 8, 1024, 0, 155, 128), (520, 8, 1000, 2, 510, 16), (300, 8, 520, 0, 300, 128)],
+)
+def test_align_with_many_experts(rows, top_k, local, start, live, block):
+    """One launch and two, up to the largest number of experts."""
+    check_align(rows, top_k, local, start, live, block)
+
+
+def check_align(rows: int, top_k: int, local: int, start: int, live: int, block: int) -> None:
+    """All outputs equal the reference's; some ids are far out of range."""
     make = torch.Generator().manual_seed(rows)
     ids = torch.randint(-1, start + local + 3, (rows, top_k), generator=make)
     ids[torch.rand(rows, top_k, generator=make) < 0.1] = 2**32 + start

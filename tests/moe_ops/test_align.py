@@ -79,12 +79,17 @@ def test_refuses(change, error, hint):
         align(**arguments | change)
 
 
-def test_sizes_past_int32_are_planned_without_overflow():
+@pytest.mark.parametrize(("experts", "block"), [(1024, 256), (3, 16)])
+def test_positions_fit_into_int32(experts, block):
+    """Of the pairs that fit into int32 the last ones need positions that do not."""
+    most = 2**31 - block - experts * (block - 1)  # positions are a multiple of the block
     with torch.device("meta"):
-        ids = torch.empty(2**28 - 1, 8, dtype=torch.int32)
-        sorted_ids, expert_ids, total = align(ids, torch.empty(1, dtype=torch.int32), 256, 1024, 0)
-    assert sorted_ids.numel() == -(-((2**28 - 1) * 8 + 1024 * 255) // 256) * 256 > 2**31
-    assert expert_ids.numel() == sorted_ids.numel() // 256 and total.numel() == 1
+        live = torch.empty(1, dtype=torch.int32)
+        sorted_ids, expert_ids, total = align(torch.empty(most, 1, dtype=torch.int32), live, block, experts, 0)
+        with pytest.raises(ShapeError, match=r"positions.*split the batch"):
+            align(torch.empty(most + 1, 1, dtype=torch.int32), live, block, experts, 0)
+    assert sorted_ids.numel() == 2**31 - block
+    assert expert_ids.numel() == sorted_ids.numel() // block and total.numel() == 1
 
 
 def test_opcheck():

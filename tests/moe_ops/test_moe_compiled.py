@@ -28,7 +28,7 @@ from moe_ops.fused_moe_config import Plan, Shape, Tiles, default_plan, invariant
 QWEN = {tokens: Shape(128, 8, 2048, 768, tokens) for tokens in (1, 16, 64, 512, 8192)}
 INTS = (
     "num_rows", "x_stride", "expert_start", "num_experts", "hidden", "inner", "num_pairs", "top_k", "sorted_size",
-    "out_stride", "share", "positions", "programs", "width",
+    "out_stride", "share", "blocks", "positions", "programs", "width",
 )  # fmt: skip
 DIVISIBLE = ("x_stride", "hidden", "inner", "out_stride", "width")  # by 16, which lets loads be wide
 FORM = {
@@ -180,11 +180,12 @@ def test_interleaved_and_transposed_weights_need_no_spill():
         assert code.stack == 0 and code.has("wgmma.mma_async")
 
 
+@pytest.mark.parametrize("one", [True, False])
 @pytest.mark.parametrize("bins", [8, 256, 1024])
-def test_align_spills_nothing(bins):
+def test_align_spills_nothing(bins, one):
     groups, size = (4, 32) if bins <= 32 else (1, 128)
     rest = {"BLOCK": 64, "BINS": bins, "ROWS": 4096 // bins, "GROUPS": groups, "SIZE": size, "SHARE": 32, "BLOCKS": 4}
-    rest |= {"PART": 1024, "PARTS": 4, "CHUNK": 512, "PDL": True, "LONE": 8}
+    rest |= {"PART": 512, "PARTS": 4, "CHUNK": 512, "FILL": 256, "ONE": one, "PDL": True, "LONE": 8}
     two = rest | {"BINS": max(bins, 16), "ROWS": 4096 // max(bins, 16)}  # as launched
     kernels = (align_kernels._align_kernel, rest, 8), (align_kernels._count_kernel, two, 4)
     for kernel, constants, warps in (*kernels, (align_kernels._scatter_kernel, two, 4)):
