@@ -9,8 +9,8 @@
 median over replays of the slowest rank, in µs a layer. ``launches`` are kernels a layer in a profile of one replay,
 router product included; their names and times go to ``--kernels``. Every result is checked before it is timed: exact
 against plain to the bit (with ``--rounding compiled``: both round alike there), lowered against both others; a
-difference ends the run. ``floor_us``: ``layer_models.floor`` of the rank that touches most experts; ``x_plain_most`` and
-``x_today_most`` are what the two ratios would be there.
+difference ends the run. ``floor_us``: ``layer_models.floor`` of the rank that touches most experts; ``x_plain_most``
+and ``x_today_most`` are what the two ratios would be there.
 """
 
 from __future__ import annotations
