@@ -40,7 +40,8 @@ class Plan:
     """``pairs > 0``: the few-rows kernels, that many pairs a chunk. ``pairs == 0``: align, then persistent kernels.
 
     ``group`` is the number of row blocks that share a weight tile in L2; ``programs`` the persistent programs per SM;
-    ``rest`` (many rows, blocks of 128, ``programs`` 1): a last round with few tiles is launched in halves of tiles;
+    ``rest`` (many rows, blocks of 128, ``programs`` 1): a last round with few tiles is launched in parts of tiles, 2 or
+    4 of each; 0: as the others;
     ``tma`` bulk copies of weights where their strides allow; ``pdl`` programmatic dependent launch;
     ``prefetch`` bytes a program of the second few-rows kernel asks L2 for before the first one ends (16 | prefetch),
     the first ones of each of its columns.
@@ -54,7 +55,7 @@ class Plan:
     pairs: int = 0
     group: int = 8
     programs: int = 1
-    rest: bool = False
+    rest: int = 0
     tma: bool = True
     pdl: bool = True
     prefetch: int = 0

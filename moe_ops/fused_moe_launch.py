@@ -146,10 +146,12 @@ def _power_of_two_rows(tiles: Tiles) -> Tiles:
     return replace(tiles, block_m=128) if tiles.block_m == WIDE_ROWS else tiles
 
 
-def _halves(plan: Plan) -> Plan:
-    """Tiles of the kernels that do what a last round leaves: half the columns."""
+def _parts(plan: Plan) -> Plan:
+    """Tiles of the kernels that do what a last round leaves: half the columns, or quarters, two programs an SM."""
+    rows, warps, stages = (1, 8, 6) if plan.rest == 2 else (2, 4, 4)
     gate_up, down = (
-        Tiles(tiles.block_m, tiles.block_n // 2, 64, num_warps=8, num_stages=6) for tiles in (plan.gate_up, plan.down)
+        Tiles(tiles.block_m // rows, tiles.block_n // 2, 64, num_warps=warps, num_stages=stages)
+        for tiles in (plan.gate_up, plan.down)
     )
     return replace(plan, gate_up=gate_up, down=down)
 
@@ -170,7 +172,7 @@ def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: bool)
         )  # fmt: skip
     act = problem.hidden.new_empty(aligned[0].numel(), inner)
     boxes = all(size * act.element_size() % _TMA_ALIGN == 0 for size in (problem.hidden.shape[1], inner))
-    plan = replace(plan, rest=plan.rest and plan.tma and boxes, lone=lone)
+    plan = replace(plan, rest=plan.rest if plan.tma and boxes else 0, lone=lone)
     _gate_up_many(problem, plan, aligned, act, sms)
     _down_many(problem, plan, aligned, act, (pairs, *(places or aligned[:2])), sms)
 
@@ -187,11 +189,11 @@ def _gate_up_many(problem: Problem, plan: Plan, aligned: tuple[Tensor, ...], act
     weights, args = _gate_up(problem, plan)
     link |= {"GROUP": plan.group}
     gate_up_many_kernel[(programs,)](
-        hidden, *aligned, weights, *rest, FLAT=plan.gate_up.flat, WHOLE=plan.rest, **link, **args
+        hidden, *aligned, weights, *rest, FLAT=plan.gate_up.flat, WHOLE=plan.rest > 0, **link, **args
     )
     if plan.rest:
-        weights, args = _gate_up(problem, _halves(plan))
-        gate_up_rest_kernel[(programs,)](hidden, *aligned, weights, *rest, programs, **link, **args)
+        weights, args = _gate_up(problem, _parts(plan))
+        gate_up_rest_kernel[(2 * sms,)](hidden, *aligned, weights, *rest, programs, PARTS=plan.rest, **link, **args)
 
 
 def _down_many(
@@ -212,14 +214,14 @@ def _down_many(
     link |= {"LONE": plan.lone, "GROUP": plan.group}
     down_many_kernel[(programs,)](
         rows, *aligned, weights, bias, *out, count, positions, width, inner,
-        BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, WHOLE=plan.rest, **link, **args,
+        BOX_ROWS=box_rows, FLAT=plan.down.flat, SPECIAL=special, WHOLE=plan.rest > 0, **link, **args,
     )  # fmt: skip
     if plan.rest:
-        tiles = _halves(plan).down
-        weights, args = _down(problem, _halves(plan))
+        tiles = _parts(plan).down
+        weights, args = _down(problem, _parts(plan))
         rows = TensorDescriptor.from_tensor(act, [tiles.block_m, tiles.block_k])
-        down_rest_kernel[(programs,)](
-            rows, *aligned, weights, bias, *out, count, width, inner, programs, **link, **args
+        down_rest_kernel[(2 * sms,)](
+            rows, *aligned, weights, bias, *out, count, width, inner, programs, PARTS=plan.rest, **link, **args
         )
 
 

@@ -23,7 +23,7 @@ def grouped_tile(index, num_blocks, num_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def whole_rounds(items, programs):
-    """How many of ``items`` are full rounds of ``programs``; all, where halves of the rest are more than a round.
+    """How many of ``items`` are full rounds of ``programs``; all, where the rest is more than half a round.
 
     Example: 132 programs; 432 items are 3 rounds, and 36 items left; of 500 items none are left for other kernels.
     """
@@ -32,10 +32,13 @@ def whole_rounds(items, programs):
 
 
 @triton.jit
-def half(index, whole, num_blocks, num_tiles, GROUP: tl.constexpr):
-    """``(block, column half of all tiles)`` of half ``index`` of the items from ``whole`` on."""
-    block, tile = grouped_tile(whole + index // 2, num_blocks, num_tiles, GROUP)
-    return block, 2 * tile + index % 2
+def part(index, whole, num_blocks, num_tiles, PARTS: tl.constexpr, GROUP: tl.constexpr):
+    """``(row part of all blocks, column half of all tiles)`` of part ``index`` of the items from ``whole`` on.
+
+    PARTS: 2, halves of the columns; 4, of which each has half of the rows.
+    """
+    block, tile = grouped_tile(whole + index // PARTS, num_blocks, num_tiles, GROUP)
+    return block * (PARTS // 2) + index % (PARTS // 2), 2 * tile + index // (PARTS // 2) % 2
 
 
 @triton.jit

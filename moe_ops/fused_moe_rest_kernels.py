@@ -1,8 +1,9 @@
 """Device code of ``fused_moe`` for many rows: what the last round of programs would do with most of them idle.
 
 A round of tiles of 128 x 256 takes 25 us at H 2048 even if only a quarter of the SMs has one. So the kernels of
-``fused_moe_many_kernels`` stop after the last full round, and these do the rest in halves of tiles. They start as the
-others' programs end (``pdl``: these read nothing that the others write), and end after them.
+``fused_moe_many_kernels`` stop after the last full round, and these do the rest in halves of tiles, or in quarters, two
+programs an SM. They start as the others' programs end (``pdl``: these read nothing that the others write), and end
+after them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from .fused_moe_kernels import down_tile, gate_up_tile, store_tile
 from .fused_moe_lone_kernels import is_pair, load_places, store_pairs
-from .fused_moe_many_kernels import half, whole_rounds
+from .fused_moe_many_kernels import part, whole_rounds
 
 
 @triton.jit
@@ -22,20 +23,20 @@ def gate_up_rest_kernel(
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Halves of the tiles that ``gate_up_many_kernel`` with ``programs`` programs leaves. Grid: any."""
+    """Parts of the tiles that ``gate_up_many_kernel`` with ``programs`` programs leaves. Grid: any."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    num_blocks, num_tiles = tl.load(total_ptr) // BLOCK_M, tl.cdiv(inner, 2 * BLOCK_N)
+    num_blocks, num_tiles = tl.load(total_ptr) // (BLOCK_M * (PARTS // 2)), tl.cdiv(inner, 2 * BLOCK_N)
     whole = whole_rounds(num_blocks * num_tiles, programs)
-    for index in range(tl.program_id(0), 2 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
-        block, tile = half(index, whole, num_blocks, num_tiles, GROUP)
-        position = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for index in range(tl.program_id(0), PARTS * (num_blocks * num_tiles - whole), tl.num_programs(0)):
+        rows_part, tile = part(index, whole, num_blocks, num_tiles, PARTS, GROUP)
+        position = rows_part.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         pairs = tl.load(sorted_ptr + position)
         inner_rows = gate_up_tile(
             x_ptr, (pairs // TOP_K).to(tl.int64) * x_stride, pairs < num_pairs, w, bias_ptr,
-            tl.load(expert_ids_ptr + block), tile, hidden, inner, alpha, limit,
+            tl.load(expert_ids_ptr + rows_part // (PARTS // 2)), tile, hidden, inner, alpha, limit,
             ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
         store_tile(act_ptr, position, pairs <= num_pairs, tile, inner, inner_rows, BLOCK_N)
@@ -49,20 +50,20 @@ def down_rest_kernel(
     num_pairs, hidden, inner, programs,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, LONE: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Halves of the tiles that ``down_many_kernel`` with ``programs`` programs leaves. Grid: any."""
+    """Parts of the tiles that ``down_many_kernel`` with ``programs`` programs leaves. Grid: any."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    num_blocks, num_tiles = tl.load(total_ptr) // BLOCK_M, tl.cdiv(hidden, 2 * BLOCK_N)
+    num_blocks, num_tiles = tl.load(total_ptr) // (BLOCK_M * (PARTS // 2)), tl.cdiv(hidden, 2 * BLOCK_N)
     whole = whole_rounds(num_blocks * num_tiles, programs)
-    for index in range(tl.program_id(0), 2 * (num_blocks * num_tiles - whole), tl.num_programs(0)):
-        block, tile = half(index, whole, num_blocks, num_tiles, GROUP)
-        first = block * BLOCK_M
+    for index in range(tl.program_id(0), PARTS * (num_blocks * num_tiles - whole), tl.num_programs(0)):
+        rows_part, tile = part(index, whole, num_blocks, num_tiles, PARTS, GROUP)
+        first = rows_part * BLOCK_M
         place, factor = load_places(sorted_ptr, place_ptr, factor_ptr, first + tl.arange(0, BLOCK_M), LONE)
         rows = is_pair(place, num_pairs, LONE)
         acc = down_tile(
-            act, first, rows, w, bias_ptr, tl.load(expert_ids_ptr + block), tile, hidden, inner,
+            act, first, rows, w, bias_ptr, tl.load(expert_ids_ptr + rows_part // (PARTS // 2)), tile, hidden, inner,
             TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True,
         )  # fmt: skip
         store_pairs(pairs_ptr, place, rows, tile, hidden, acc, factor, LONE, BLOCK_N)

@@ -160,7 +160,8 @@ def launching_variants(plan: Plan) -> Iterator[Plan]:
     for programs in (1, 2, 3, 4, 16):
         yield replace(plan, programs=programs)
     if plan.gate_up.block_m == 128:
-        yield replace(plan, rest=True)
+        for parts in (2, 4):
+            yield replace(plan, rest=parts)
 
 
 class Tuner:

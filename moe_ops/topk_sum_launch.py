@@ -14,7 +14,6 @@ from torch import Tensor
 from .topk_sum_kernels import topk_sum_kernel, topk_sum_local_kernel
 
 SUM_ROWS, SUM_SLOTS = 512, 16  # rows from which the sum looks for local slots first; ids that it looks at together
-_GROUP_IDS = 64  # that a program of the sum loads at once: bits of one int64
 _HOST_PROGRAMS = 4  # stands for the number of SMs where the kernels run in Triton's interpreter
 
 
@@ -45,8 +44,7 @@ def sum_pairs(
     arguments = pairs, ids, weights, valid_tokens, out, out.stride(0), rows, width, expert_start, experts
     if many:  # one warp a program: nothing but the loop's own loads to wait for, and 32 programs fit into an SM
         slots = min(triton.next_power_of_2(top_k), SUM_SLOTS)
-        each = min(_GROUP_IDS // slots, triton.next_power_of_2(triton.cdiv(rows, grid[0]))) if top_k <= slots else 1
-        options = {"TOP_K": top_k, "BLOCK_H": block, "SLOTS": slots, "ROWS": each, "LONE": lone, "num_warps": 1}
+        options = {"TOP_K": top_k, "BLOCK_H": block, "SLOTS": slots, "LONE": lone, "num_warps": 1}
         topk_sum_local_kernel[grid](*arguments, **options, **link)
     else:
         topk_sum_kernel[grid](*arguments, TOP_K=top_k, BLOCK_H=block, num_warps=4, **link)

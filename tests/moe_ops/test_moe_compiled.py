@@ -106,7 +106,7 @@ def _gemm(kernel: Any, plan: Plan, tiles: Tiles, parts: int, **more: Any) -> Cod
         box["act"] = f"tensordesc<bf16[{tiles.block_m},{tiles.block_k}]>"
     constants = FORM | {
         "PAIRS": plan.pairs, "PREFETCH": plan.prefetch,
-        "SWAP": tiles.swap, "FLAT": tiles.flat, "SPECIAL": tiles.special, "WHOLE": plan.rest,
+        "SWAP": tiles.swap, "FLAT": tiles.flat, "SPECIAL": tiles.special, "WHOLE": plan.rest > 0, "PARTS": 2,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
     } | more  # fmt: skip
     return compiled(kernel, constants, tiles.num_warps, tiles.num_stages, box)
@@ -195,7 +195,7 @@ def test_align_spills_nothing(bins, one):
 
 @pytest.mark.parametrize("kernel", ["topk_sum_kernel", "topk_sum_local_kernel"])
 def test_the_sum_spills_nothing_and_leaves_room_for_many_programs(kernel):
-    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "ROWS": 8, "LONE": True, "PDL": True}
+    constants = {"TOP_K": 8, "BLOCK_H": 1024, "SLOTS": 8, "LONE": True, "PDL": True}
     local = kernel == "topk_sum_local_kernel"
     constants |= {"BLOCK_H": 512} if local else {}
     code = compiled(getattr(topk_sum_kernels, kernel), constants, 1 if local else 4, 3, {})
@@ -215,8 +215,8 @@ def test_a_flat_loop_and_warps_of_their_own_spill_nothing():
     assert special_code.ptx.count("tensormap.replace.tile.box_dim") == 2 and special_code.registers <= 168
 
 
-def test_halves_of_tiles_spill_nothing_and_end_after_the_kernel_before():
-    tiles = Tiles(128, 128, 64, 8, 6)
+@pytest.mark.parametrize("tiles", [Tiles(128, 128, 64, 8, 6), Tiles(64, 128, 64, 4, 4)], ids=["halves", "quarters"])
+def test_parts_of_tiles_spill_nothing_and_end_after_the_kernel_before(tiles):
     for kernel, parts in (
         (fused_moe_rest_kernels.gate_up_rest_kernel, 2),
         (fused_moe_rest_kernels.down_rest_kernel, 1),
@@ -251,7 +251,7 @@ def test_rows_for_the_result_cost_no_second_store_and_no_spill(name):
 
 def test_many_rows_wait_for_align_before_others_may_start():
     """The kernels of what is left read what align wrote without waiting for it themselves."""
-    whole = replace(PLANS["T=8192"], rest=True)
+    whole = replace(PLANS["T=8192"], rest=2)
     for code in gemms(whole):
         assert code.ptx.index("griddepcontrol.wait") < code.ptx.index("griddepcontrol.launch_dependents")
 
