@@ -46,7 +46,7 @@ def scheduled_launches() -> Iterator[list[Launch]]:
     def look(nodes: list[BaseSchedulerNode]) -> list[BaseSchedulerNode]:
         nodes = nodes if users_pass is None else users_pass(nodes)
         roots = _roots(nodes)
-        launches.extend(launch for node in nodes for launch in _launches_of(node, roots))
+        launches.extend(_launches_of(nodes, roots))
         return nodes
 
     with config.patch(_post_fusion_custom_pass=look):
@@ -140,13 +140,25 @@ def _owner(buffer: Any) -> str | None:
     return aliases[0] if aliases else None
 
 
-def _launches_of(node: BaseSchedulerNode, roots: dict[str, str]) -> Iterator[Launch]:
-    """None where nothing runs."""
-    members = _members(node)
-    loops = [member for member in members if isinstance(member, SchedulerNode) and not member.is_template()]
-    yield from (_extern(m, roots) for m in members if isinstance(m, ExternKernelSchedulerNode) and _runs(m.node))
-    if loops:
-        yield _generated(loops, roots)
+def _launches_of(nodes: Sequence[BaseSchedulerNode], roots: dict[str, str]) -> Iterator[Launch]:
+    """One after the other. On the CPU all loops between two calls become one function, and are one launch."""
+    waiting: list[list[SchedulerNode]] = []
+    for members in map(_members, nodes):
+        loops = [m for m in members if isinstance(m, SchedulerNode) and not m.is_template()]
+        calls = [m for m in members if isinstance(m, ExternKernelSchedulerNode)]
+        joins = not calls and (not loops or (_on_cpu(loops[0]) and all(_on_cpu(group[0]) for group in waiting)))
+        if waiting and not joins:
+            yield _generated(waiting, roots)
+            waiting = []
+        yield from (_extern(call, roots) for call in calls if _runs(call.node))
+        waiting += [loops] if loops else []
+    if waiting:
+        yield _generated(waiting, roots)
+
+
+def _on_cpu(node: BaseSchedulerNode) -> bool:
+    device = node.get_device()
+    return device is not None and device.type == "cpu"
 
 
 def _runs(kernel: Any) -> bool:
@@ -154,17 +166,22 @@ def _runs(kernel: Any) -> bool:
     return not isinstance(kernel, ir.MultiOutput | ir.MutationOutput) and not kernel.get_inputs_that_alias_output()
 
 
-def _generated(loops: list[SchedulerNode], roots: dict[str, str]) -> Launch:
-    follow = _Follow()
+def _generated(groups: list[list[SchedulerNode]], roots: dict[str, str]) -> Launch:
+    """``groups``: the loops of one launch, those together that hand values on without storing them."""
+    follow, loops = _Follow(), [loop for group in groups for loop in group]
     with V.set_ops_handler(follow):
         for loop in loops:
             loop._body(loop._body.iter_vars, loop._body.reduce_vars, allow_same_symbol_in_index=True)
-    inside = {loop.get_name() for loop in loops}
-    seen = [b for loop in loops for b in loop.get_outputs() if {u.get_name() for u in b.users} - inside]
-    kept = {buffer.get_name() for buffer in seen}
+    kept = frozenset().union(*map(_read_by_others, groups))
     stores = (_stored(name, value, roots) for name, value in follow.stored.items() if name in kept)
     reads = frozenset().union(*(loop.used_buffer_names() for loop in loops)) - set(follow.stored)
     return Launch("", _origins(loops), _named(reads, roots), tuple(stores))
+
+
+def _read_by_others(group: list[SchedulerNode]) -> set[str]:
+    inside = {loop.get_name() for loop in group}
+    written = [buffer for loop in group for buffer in loop.get_outputs()]
+    return {buffer.get_name() for buffer in written if {user.get_name() for user in buffer.users} - inside}
 
 
 def _stored(name: str, value: _Value, roots: dict[str, str]) -> Store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +12,50 @@ from torch import Tensor
 import lowering
 from graphs import experts, hf_compat
 from graphs.checkpoints import tiny_model
+from graphs.hf_slots import adapt_attention
+from graphs.sampling import greedy
+from graphs.sharding import expert_parallel_state
+from graphs.step import DecodeStep
 
 T = 4
 LAYERS = {"qwen3_moe": 2, "mixtral": 2, "deepseek_v3": 2, "gpt_oss": 2}
 
 
-def decode_step(family: str, world: int) -> Callable[[Tensor], Tensor]:
-    """One token of T sequences, on a rank that takes itself for the first of ``world`` (the others have no rows)."""
+def decoding_model(family: str, world: int) -> Any:
+    """On a rank that takes itself for the first of ``world`` (the others have no rows)."""
     model = tiny_model(family, torch.bfloat16)
     state = experts.ExpertParallelState("local", 0, world, T, torch.device("cpu"))
     experts.share_state(hf_compat.experts_modules(model).values(), state)
     model.set_experts_implementation(experts.NAME)
+    return model
+
+
+def decode_step(family: str, world: int) -> Callable[[Tensor], Tensor]:
+    """One token of T sequences."""
+    model = decoding_model(family, world)
     return lambda ids: model(ids, use_cache=False).logits
+
+
+def static_step(family: str, world: int) -> DecodeStep:
+    """As ``decode_step``, with the cache and the sampling of a ``DecodeLoop``."""
+    model = decoding_model(family, world)
+    adapt_attention(model)
+    state = expert_parallel_state(model)
+    assert state is not None
+    step = DecodeStep(model, state, T, 8, greedy)
+    state.declare_batch(T, T, step.active)
+    with torch.no_grad():
+        step.feed()  # allocates the cache
+    return step
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_step_of_the_decode_loop_copies_nothing(family: str):
+    lowering.enable(rounding="compiled", without=[])
+    explanation = lowering.explain(static_step(family, 2))
+    assert explanation.ops == {"agree": 1, "metadata_update": 1, "moe_layer": LAYERS[family]}, explanation
+    assert explanation.compiled_graphs == 1 and not explanation.graph_breaks and explanation.partitions == 0
+    assert explanation.copies == [], explanation
 
 
 @pytest.mark.parametrize("family", LAYERS)
