@@ -18,11 +18,6 @@ POINTS = [
     *(f"E32-K8-H7168-I2048 T={tokens}" for tokens in (16, 512, 8192)),
     *(f"E128-K4-H2880-I2880 T={tokens}" for tokens in (4, 512, 8192)),
 ]
-# Instructions that spill, two registers, where a plan was measured as the fastest all the same.
-SPILLS = {
-    ("E16-K8-H2048-I768 T=128", "gate_up_few_kernel"): 2,  # Triton 3.9
-    ("E128-K8-H2048-I768 T=4", "gate_up_few_kernel"): 3,  # Triton 3.6
-}
 SHARED = 227 * 1024  # bytes that a program can ask for
 TOKENS = sorted({1, 2, 3, 5, 33, 1000, 4097, 20000} | {near for n in range(14) for near in (2**n, 2**n + 1)})
 
@@ -37,7 +32,7 @@ def test_plans_of_the_table_fit_and_spill_nothing(point):
     for launch in gemms:
         code, tiles = launch.compiled(), plan.gate_up if launch.kernel.startswith("gate_up") else plan.down
         used = usage(code)
-        assert used.spills <= SPILLS.get((point, launch.kernel), 0), launch.kernel
+        assert used.spills == 0, launch.kernel
         assert used.shared <= SHARED, launch.kernel
         assert ("wgmma.mma_async" in code.asm["ptx"]) == (tiles.swap or tiles.block_m >= 64), launch.kernel
         assert "cp.async.bulk.tensor" in code.asm["ptx"]
