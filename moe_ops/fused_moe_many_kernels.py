@@ -87,7 +87,7 @@ def gate_up_many_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
         # padding rows too: the second projection reads whole blocks
-        store_tile(act_ptr, position, pairs <= num_pairs, tile, inner, inner_rows, BLOCK_N)
+        store_tile(act_ptr, position, position >= 0, tile, inner, inner_rows, BLOCK_N)
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def gate_up_rest_kernel(
             tl.load(expert_ids_ptr + rows_part // (PARTS // 2)), tile, hidden, inner, alpha, limit,
             ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
-        store_tile(act_ptr, position, pairs <= num_pairs, tile, inner, inner_rows, BLOCK_N)
+        store_tile(act_ptr, position, position >= 0, tile, inner, inner_rows, BLOCK_N)
     if PDL:  # the next kernel waits for this one alone
         tl.extra.cuda.gdc_wait()
 
