@@ -215,6 +215,13 @@ def test_a_flat_loop_and_warps_of_their_own_spill_nothing():
     assert special_code.ptx.count("tensormap.replace.tile.box_dim") == 2 and special_code.registers <= 168
 
 
+def test_the_first_gemms_flat_loop_carries_its_pairs_once():
+    """As the gather wants them, not as the store would: 169 registers, else 255 and spills (Triton 3.9)."""
+    tiles = Tiles(128, 128, 64, 8, 4, flat=True)
+    code = _gemm(fused_moe_many_kernels.gate_up_many_kernel, Plan(tiles, tiles), tiles, 2)
+    assert code.stack == 0 and code.registers <= 200
+
+
 @pytest.mark.parametrize("tiles", [Tiles(128, 128, 64, 8, 6), Tiles(64, 128, 64, 4, 4)], ids=["halves", "quarters"])
 def test_parts_of_tiles_spill_nothing_and_end_after_the_kernel_before(tiles):
     for kernel, parts in (
