@@ -147,13 +147,26 @@ def table_name(gpu: str) -> str:
 def choose_plan(shape: Shape, gpu: str, batch_invariant: bool = False) -> Plan:
     """The tuned plan of the nearest token count above (or the largest below, if for many rows), else the default.
 
-    ``batch_invariant`` takes it where it has the weights as left operand throughout (see ``invariant_plan``).
+    ``batch_invariant`` takes its tiles where they have the weights as left operand (see ``invariant_plan``).
     """
     plan = _tuned_plan(shape, gpu)
-    if batch_invariant:
-        swapped = plan is not None and plan.tma and plan.gate_up.swap and plan.down.swap and _streamed(shape)
-        return plan if plan is not None and swapped else invariant_plan(shape)
-    return plan or default_plan(shape)
+    if not batch_invariant:
+        return plan or default_plan(shape)
+    fixed = invariant_plan(shape)
+    return _weights_left(plan, fixed) if plan is not None and plan.tma and _streamed(shape) else fixed
+
+
+def _weights_left(plan: Plan, fixed: Plan) -> Plan:
+    """``plan``, or for few rows with tiles of ``fixed`` where its own have the weights on the right; else ``fixed``."""
+    if plan.gate_up.swap and plan.down.swap:
+        return plan
+    if not plan.pairs:  # both GEMMs share the blocks of align
+        return fixed
+    gate_up, down = (
+        own if own.swap else replace(other, block_m=own.block_m)
+        for own, other in ((plan.gate_up, fixed.gate_up), (plan.down, fixed.down))
+    )
+    return replace(plan, gate_up=gate_up, down=down)
 
 
 def _tuned_plan(shape: Shape, gpu: str) -> Plan | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from moe_ops import fused_moe_tune
-from moe_ops.fused_moe_config import Plan, Shape, default_plan
+from moe_ops import fused_moe_config, fused_moe_tune
+from moe_ops.fused_moe_config import Plan, Shape, Tiles, choose_plan, default_plan, invariant_plan
 from moe_ops.fused_moe_tune import Tuner, launching_variants
 
 FEW, MANY = Shape(8, 2, 64, 32, 4), Shape(8, 2, 64, 32, 512)
@@ -73,3 +74,15 @@ def test_what_does_not_compile_is_not_timed(monkeypatch):
     monkeypatch.setattr(fused_moe_tune, "launch_fused_moe", launch)
     assert tuner(FEW, clock).search() == (default_plan(FEW), 9.0)
     assert clock.turns == [(1, 40)]
+
+
+def test_batch_invariant_mode_changes_only_tiles_with_the_weights_on_the_right(monkeypatch):
+    """Of a tuned plan for few rows; for many rows, whose two GEMMs share the height of blocks, it has its own plan."""
+    right, left = Tiles(16, 16, 256, 4, 5), Tiles(16, 64, 256, 4, 5, swap=True)
+    few, many = Plan(right, left, pairs=16, prefetch=65536, slots=2), Plan(replace(right, block_m=64), left)
+    table = {FEW.key(): {"4": few.to_json(), "512": many.to_json()}}
+    monkeypatch.setattr(fused_moe_config, "load_table", lambda gpu: table)
+    assert choose_plan(FEW, "some GPU") == few
+    swapped = replace(invariant_plan(FEW).gate_up, block_m=16)
+    assert swapped.swap and choose_plan(FEW, "some GPU", True) == replace(few, gate_up=swapped)
+    assert choose_plan(MANY, "some GPU", True) == invariant_plan(MANY)
