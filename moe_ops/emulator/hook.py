@@ -75,7 +75,8 @@ _NUMBERS = frozenset(("int1", "int8", "int16", "int32", "int64", "uint8", "uint1
 _NUMBERS |= {"fp16", "bf16", "fp32", "fp64"}
 _slow_operands, _slow_broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
 _slow_cast, _slow_common_type = TritonSemantic.cast, TritonSemantic.computation_type_impl
-_constants: dict[tuple, tl.tensor] = {}
+_TENSOR: Any = tl.tensor  # whose types have names and shapes that Triton's annotations do not know
+_constants: dict[tuple, Any] = {}
 _common_types: dict[tuple, Any] = {}
 
 
@@ -85,16 +86,16 @@ def _operands(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Two operands in one type and shape, as most are already; Triton finds that out in a dozen calls."""
     flags = allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod
-    if type(lhs) is not tl.tensor or lhs.dtype.name not in _NUMBERS:
+    if type(lhs) is not _TENSOR or lhs.dtype.name not in _NUMBERS:
         return _slow_operands(semantic, lhs, rhs, *flags)
     if type(rhs) is int:
         return _with_constant(semantic, lhs, rhs, flags)
-    if type(rhs) is tl.tensor and lhs.type.name == rhs.type.name and not div_or_mod:  # that wants fp32 for fp16
+    if type(rhs) is _TENSOR and lhs.type.name == rhs.type.name and not div_or_mod:  # that wants fp32 for fp16
         return lhs, rhs
     return _slow_operands(semantic, lhs, rhs, *flags)
 
 
-def _with_constant(semantic: TritonSemantic, lhs: tl.tensor, rhs: int, flags: tuple[bool, ...]) -> tuple[Any, Any]:
+def _with_constant(semantic: TritonSemantic, lhs: Any, rhs: int, flags: tuple[bool, ...]) -> tuple[Any, Any]:
     """A number in the kernel's text becomes a value once for each type it meets, as values are never written again."""
     key = lhs.type.name, rhs, flags
     if key in _constants:
@@ -105,7 +106,7 @@ def _with_constant(semantic: TritonSemantic, lhs: tl.tensor, rhs: int, flags: tu
     return left, right
 
 
-def _broadcast(semantic: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[Any, Any]:
+def _broadcast(semantic: TritonSemantic, lhs: Any, rhs: Any) -> tuple[Any, Any]:
     """Two values in one shape; as they are if they have one."""
     if lhs.type.is_block() and rhs.type.is_block() and tuple(lhs.type.shape) == tuple(rhs.type.shape):
         return lhs, rhs
