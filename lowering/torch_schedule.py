@@ -144,7 +144,7 @@ def _launches_of(nodes: Sequence[BaseSchedulerNode], roots: dict[str, str]) -> I
     """One after the other. On the CPU all loops between two calls become one function, and are one launch."""
     waiting: list[list[SchedulerNode]] = []
     for members in map(_members, nodes):
-        loops = [m for m in members if isinstance(m, SchedulerNode) and not m.is_template()]
+        loops = [m for m in members if isinstance(m, SchedulerNode)]
         calls = [m for m in members if isinstance(m, ExternKernelSchedulerNode)]
         joins = not calls and (not loops or (_on_cpu(loops[0]) and all(_on_cpu(group[0]) for group in waiting)))
         if waiting and not joins:
@@ -171,7 +171,10 @@ def _generated(groups: list[list[SchedulerNode]], roots: dict[str, str]) -> Laun
     follow, loops = _Follow(), [loop for group in groups for loop in group]
     with V.set_ops_handler(follow):
         for loop in loops:
-            loop._body(loop._body.iter_vars, loop._body.reduce_vars, allow_same_symbol_in_index=True)
+            if loop.is_template():  # a product, whose body is text
+                follow.stored.update({buffer.get_name(): _COMPUTED for buffer in loop.get_outputs()})
+            else:
+                loop._body(loop._body.iter_vars, loop._body.reduce_vars, allow_same_symbol_in_index=True)
     kept = frozenset().union(*map(_read_by_others, groups))
     stores = (_stored(name, value, roots) for name, value in follow.stored.items() if name in kept)
     reads = frozenset().union(*(loop.used_buffer_names() for loop in loops)) - set(follow.stored)

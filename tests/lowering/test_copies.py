@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
+from torch._inductor.virtualized import V
 
 import lowering
+from lowering import torch_schedule
 from lowering.copies import Copy, copies_among, ops_in_code
 from lowering.torch_schedule import Launch, Store
 from tests.lowering.layers import H, T, batch, ops
@@ -118,6 +123,30 @@ def test_calls_of_torch_that_are_not_known_to_compute_count():
     assert copies_among([layer, launch("", "buf5", "buf6", moved=True)]) == []  # beside no op
     assert copies_among([layer, launch("", "buf1", "buf6", moved=True)]) == []  # for somebody else
     assert copies_among([layer, launch("", "arg0_1", "buf1", moved=True)]) == [Copy("clone", "moe_layer", "buf1")]
+
+
+def loop_of(written: str, read: str | None) -> Any:
+    """A scheduled loop that casts ``read``, or one that a template computes."""
+
+    def body(*variables: object, **options: object) -> None:
+        V.ops.store(written, sympy.S.Zero, V.ops.to_dtype(V.ops.load(str(read), sympy.S.Zero), torch.bfloat16))
+
+    body.iter_vars = body.reduce_vars = []
+    buffer = SimpleNamespace(get_name=lambda: written, users=[SimpleNamespace(get_name=lambda: "OUTPUT")])
+    return SimpleNamespace(
+        _body=body, is_template=lambda: read is None, get_outputs=lambda: [buffer], get_name=lambda: f"op of {written}",
+        used_buffer_names=lambda: {written, read} - {None}, node=None,
+    )  # fmt: skip
+
+
+def test_what_ends_a_product_in_its_own_kernel_is_none():
+    """Inductor's templates of products: a cast behind one is stored by it."""
+    graph: Any = SimpleNamespace(name_to_buffer={"buf0": None, "buf1": None})
+    with V.set_graph_handler(graph):
+        alone = torch_schedule._generated([[loop_of("buf1", "buf0")]], {})
+        behind = torch_schedule._generated([[loop_of("buf0", None), loop_of("buf1", "buf0")]], {})
+    assert [store.moved_from for store in alone.stores] == [{"buf0"}]
+    assert [store.moved_from for store in behind.stores] == [frozenset()] * 2
 
 
 def test_ops_are_read_from_the_code():
