@@ -16,6 +16,7 @@ from tests.lowering.layers import E, H, K, T, batch, routed, weights
 def explained_layer(rank: Rank) -> dict:
     """What ``explain`` says of the memory behind a layer that became one op."""
     torch.set_num_threads(1)
+    lowering.enable(rounding="compiled", without=[], inexact=False)  # whatever an earlier test left on or off
     dist.init_process_group("gloo", store=rank.store, rank=rank.rank, world_size=rank.world_size)
     ws = moe_ops.init_workspace(None, max_tokens_per_rank=T, hidden_size=H, top_k=K, transport="emulator", timeout_s=60)
     here, w = E // rank.world_size, weights()
