@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from moe_ops.graph_timer import GraphTimer
 from moe_ops.moe_reference import fused_moe_reference
 
 SLACK_US = 10.0  # the aim where the floor is short
+PEER_MAX_ERROR = 1e-2  # others round more often
 
 
 @dataclass
@@ -80,20 +82,42 @@ def floor_of(layer: LayerShape, tuner: Tuner) -> float:
     return layer.floor_us(tuner.shape.tokens, local.numel(), local.unique().numel())
 
 
-def error_of(tuner: Tuner, got: Tensor) -> float:
-    """Relative error in the Frobenius norm, over at most 512 rows, against fp64."""
-    rows = torch.randperm(tuner.shape.tokens, device=got.device)[:512]
-    live = torch.tensor([rows.numel()], dtype=torch.int32, device=got.device)
-    inputs = tuner.hidden[rows].double(), tuner.ids[rows], tuner.weights[rows].double()
-    wanted = fused_moe_reference(*inputs, tuner.gate_up, tuner.down, live, 0, out_dtype=torch.float64)
-    return float((got[rows].double() - wanted).norm() / wanted.norm())
+class Answer:
+    """What a layer's call must give: fp64, at most 512 rows of it."""
+
+    def __init__(self, tuner: Tuner):
+        self.rows = torch.randperm(tuner.shape.tokens, device=tuner.hidden.device)[:512]
+        live = torch.tensor([self.rows.numel()], dtype=torch.int32, device=self.rows.device)
+        inputs = tuner.hidden[self.rows].double(), tuner.ids[self.rows], tuner.weights[self.rows].double()
+        self.wanted = fused_moe_reference(*inputs, tuner.gate_up, tuner.down, live, 0, out_dtype=torch.float64)
+
+    def error_of(self, got: Tensor) -> float:
+        """Relative error in the Frobenius norm."""
+        return float((got[self.rows].double() - self.wanted).norm() / self.wanted.norm())
+
+
+def checked(name: str, call: Callable[[], Tensor], answer: Answer, limit: float = MAX_ERROR) -> float:
+    """The relative error of a call, which must be right before it may be timed."""
+    error = answer.error_of(call())
+    if not error <= limit:
+        raise AssertionError(f"{name}: relative error {error:.2e} > {limit}; not timed")
+    return error
+
+
+def peer_us(name: str, call: Callable[[], Tensor], answer: Answer, timer: GraphTimer, repeats: int) -> float | None:
+    """Time of another implementation; None, and a line that says so, where its result is wrong."""
+    try:
+        checked(name, call, answer, PEER_MAX_ERROR)
+    except AssertionError as wrong:
+        print(f"    {wrong}", flush=True)
+        return None
+    return timer.median_us(call, repeats)
 
 
 def measure(layer: LayerShape, tokens: int, timer: GraphTimer, args: argparse.Namespace) -> Point:
-    tuner = tuner_of(layer, tokens, timer)
-    error = error_of(tuner, tuner.call(None))
-    if not error <= MAX_ERROR:
-        raise AssertionError(f"{layer.name} T={tokens}: relative error {error:.2e} > {MAX_ERROR}; not timed")
+    tuner, name = tuner_of(layer, tokens, timer), f"{layer.name} T={tokens}"
+    answer = Answer(tuner)
+    error = checked(name, lambda: tuner.call(None), answer)
     floor, us = floor_of(layer, tuner), timer.median_us(lambda: tuner.call(None), args.repeats)
     plan = choose_plan(tuner.shape, torch.cuda.get_device_name())
     point = Point(
@@ -101,11 +125,12 @@ def measure(layer: LayerShape, tokens: int, timer: GraphTimer, args: argparse.Na
     )
     if args.invariant:
         fixed = choose_plan(tuner.shape, torch.cuda.get_device_name(), batch_invariant=True)
+        checked(f"{name}, batch-invariant", lambda: tuner.call(fixed), answer)
         point.invariant_us = timer.median_us(lambda: tuner.call(fixed), args.repeats)
     if args.peers:
-        for name, make in (("grouped_mm_us", peers.transformers_grouped_mm), ("chain_us", peers.grouped_mm_chain)):
+        for field, make in (("grouped_mm_us", peers.transformers_grouped_mm), ("chain_us", peers.grouped_mm_chain)):
             call = make(tuner.hidden, tuner.ids, tuner.weights, tuner.gate_up, tuner.down)
-            setattr(point, name, timer.median_us(call, args.repeats))
+            setattr(point, field, peer_us(f"{name}, {make.__name__}", call, answer, timer, args.repeats))
     if args.profile:
         profile(lambda: tuner.call(None), timer)
     return point
@@ -138,7 +163,7 @@ def tune_points(points: list[tuple[LayerShape, int]], timer: GraphTimer, args: a
         tuner = tuner_of(layer, tokens, timer)
         floor, started = floor_of(layer, tuner), time.monotonic()
         plan, us = tuner.search(args.repeats, args.finalists)
-        error = error_of(tuner, tuner.call(plan))
+        error = Answer(tuner).error_of(tuner.call(plan))
         if error <= MAX_ERROR:
             save_plan(args.tune, gpu, shape, plan, us, "benchmarks/bench_fused_moe.py")
         took = time.monotonic() - started
@@ -202,7 +227,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="comma-separated names of benchmarks/shapes.py")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated row counts")
     parser.add_argument("--repeats", type=int, default=20, help="replays a sample")
-    parser.add_argument("--seconds", type=float, default=240, help="no new point is begun after this long")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new point is begun after this long")
     parser.add_argument("--peers", action="store_true", help="time transformers' grouped_mm and a chain, too")
     parser.add_argument("--invariant", action="store_true", help="time the batch-invariant mode, too")
     parser.add_argument("--profile", action="store_true", help="print each kernel's own time")

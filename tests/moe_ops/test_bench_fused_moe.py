@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from moe_ops.align import align_block_size
+from moe_ops.moe_reference import fused_moe_reference
 from moe_ops.topk_sum import topk_sum_reference
 from tests.moe_ops.interpreted import run_checks
 
@@ -91,3 +92,43 @@ def test_a_wrong_step_is_not_timed_even_if_it_is_the_last(steps, make, spoil, me
 
 def test_kernels_in_the_interpreter():
     run_checks("bench_step_checks.py", interpret=True)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("bench_fused_moe")
+
+
+@pytest.fixture
+def layer(bench: ModuleType) -> SimpleNamespace:
+    """What ``Answer`` reads of a ``Tuner``: two local experts of three, five rows."""
+    torch.manual_seed(0)
+    return SimpleNamespace(
+        shape=SimpleNamespace(tokens=5), hidden=torch.randn(5, 16, dtype=torch.bfloat16),
+        ids=torch.tensor([[0, 1], [1, 2], [0, 2], [1, 0], [0, 1]]), weights=torch.rand(5, 2),
+        gate_up=torch.randn(2, 24, 16, dtype=torch.bfloat16), down=torch.randn(2, 16, 12, dtype=torch.bfloat16),
+    )  # fmt: skip
+
+
+def right_result(layer: SimpleNamespace) -> torch.Tensor:
+    live = torch.tensor([5], dtype=torch.int32)
+    return fused_moe_reference(layer.hidden, layer.ids, layer.weights, layer.gate_up, layer.down, live, 0)
+
+
+def test_a_wrong_plan_ends_the_benchmark(bench: ModuleType, layer: SimpleNamespace) -> None:
+    answer, right = bench.Answer(layer), right_result(layer)
+    assert bench.checked("right", lambda: right, answer) <= bench.MAX_ERROR
+    for wrong in (right * 1.02, right.roll(1, 0), torch.full_like(right, torch.nan)):
+        with pytest.raises(AssertionError, match=r"wrong: relative error .* not timed"):
+            bench.checked("wrong", lambda wrong=wrong: wrong, answer)
+
+
+def test_a_wrong_peer_is_named_and_has_no_time(
+    bench: ModuleType, layer: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer, right, timer = bench.Answer(layer), right_result(layer), Counter()
+    assert bench.peer_us("a peer", lambda: right, answer, timer, 3) == 1.0
+    assert capsys.readouterr().out == ""
+    assert bench.peer_us("a peer", lambda: right * 1.1, answer, timer, 3) is None
+    assert timer.timed == 1 and "a peer: relative error" in capsys.readouterr().out
