@@ -27,7 +27,12 @@ JOINED = {"BLOCK": 64, "num_warps": 8, "num_stages": 3}
 MIN_SPAN, MAX_SPAN = 128, 4096  # a span reads its mask at once, so it has an upper bound
 PROGRAMS_PER_SM = 2  # enough loads in flight; more only makes more to merge
 MIN_ROWS = 16  # rows of a tensor core product; query heads of one key head are padded to it
+MIN_DEPTH = 16  # what one adds up, and the least that Triton takes
 _HOST_SMS = 4  # in Triton's interpreter
+
+
+def _padded(depth: int) -> int:
+    return max(MIN_DEPTH, triton.next_power_of_2(depth))
 
 
 def span_of(length: int, pairs: int, sms: int) -> int:
@@ -54,7 +59,7 @@ class Split(NamedTuple):
             depth_v = self.out.shape[2]
             _merge_kernel[(self.out.shape[0] * self.out.shape[1],)](
                 self.parts, self.stats, self.out,
-                DEPTH_V=depth_v, DEPTH_V_PAD=triton.next_power_of_2(depth_v),
+                DEPTH_V=depth_v, DEPTH_V_PAD=_padded(depth_v),
                 SPANS=self.spans, SPANS_PAD=triton.next_power_of_2(self.spans),
                 num_warps=4, **chain_link(True, self.out.device),  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
@@ -82,7 +87,7 @@ def sizes(query: Tensor, keys: Tensor, values: Tensor, found: Split) -> dict[str
     short, group = length <= SHORT, heads // kv_heads
     return {
         "GROUP": group, "ROWS": max(MIN_ROWS, triton.next_power_of_2(group)), "DEPTH": depth, "DEPTH_V": depth_v,
-        "DEPTH_PAD": triton.next_power_of_2(depth), "DEPTH_V_PAD": triton.next_power_of_2(depth_v),
+        "DEPTH_PAD": _padded(depth), "DEPTH_V_PAD": _padded(depth_v),
         "BLOCK": SHORT_BLOCK if short else BLOCK, "SPAN": found.span, "SPANS": found.spans,
         "num_warps": 4, "num_stages": SHORT_STAGES if short else STAGES,
     }  # fmt: skip

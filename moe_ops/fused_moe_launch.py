@@ -241,11 +241,12 @@ def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: 
 
 def _takes_lone(problem: Problem, plan: Plan) -> bool:
     """Whether the second GEMM writes the rows of ``out`` with one local pair, and the sum the others only."""
-    (rows, top_k), out, many = problem.topk_ids.shape, problem.out, not plan.pairs and plan.lone
-    told = many and rows * top_k > ONE_LAUNCH_PAIRS and rows >= SUM_ROWS and top_k <= SUM_SLOTS
+    if plan.pairs or not plan.lone or fused_moe_wide.suits(problem, plan):
+        return False
+    (rows, top_k), out = problem.topk_ids.shape, problem.out
+    told = rows * top_k > ONE_LAUNCH_PAIRS and rows >= SUM_ROWS and top_k <= SUM_SLOTS
     places = out.data_ptr(), out.stride(0) * out.element_size(), out.shape[1] * out.element_size()
-    aligned = out.dtype == problem.hidden.dtype and all(place % _TMA_ALIGN == 0 for place in places)
-    return told and aligned and not fused_moe_wide.suits(problem, plan)
+    return told and out.dtype == problem.hidden.dtype and all(place % _TMA_ALIGN == 0 for place in places)
 
 
 def run_pairs(problem: Problem, tokens_hint: int | None, batch_invariant: bool) -> tuple[Tensor, Tensor, Tensor]:
