@@ -13,6 +13,11 @@ After::
 
 The same bits: what is kept is the fp32 value before it is rounded, which is what Inductor's fused code computes with.
 Left alone where fewer than ``MIN_READERS`` nodes read it: then a buffer would cost as much as it saves.
+
+The angles themselves, ``aten.bmm(frequencies (B, R, 1), positions (B, 1, S))``, become ``aten.mul`` of the two, which
+Inductor computes in the same kernel. torch does so since 2.13; before, a product is three launches: its operand, ATen's
+copy of the frequencies, because they are the same for every row (stride 0), and itself. A product of fp32 with one term
+has nothing to sum: the same bits, unless TF32 is allowed, to which transformers would not round positions.
 """
 
 from __future__ import annotations
@@ -37,6 +42,9 @@ class KeepRotations:
     def run(self, graph: Graph, rounding: str = "compiled") -> Outcome:
         """Rewrite ``graph``; the outcome lists every sine and cosine: kept, or why not."""
         outcome = Outcome(self.name)
+        for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
+            if _is_outer(node):
+                outcome.done.append(_multiply(node))
         for target in (aten.cos.default, aten.sin.default):
             for node in graph.find_nodes(op="call_function", target=target):
                 value = _scaled(node)
@@ -45,6 +53,25 @@ class KeepRotations:
                 else:
                     outcome.done.append(_keep(value, node))
         return outcome
+
+
+def _is_outer(product: Node) -> bool:
+    """Whether every element of ``product`` is one product of two fp32 numbers."""
+    first = product.args[0]
+    assert isinstance(first, Node)
+    return first.meta["val"].dtype == torch.float32 and first.meta["val"].shape[2] == 1
+
+
+def _multiply(product: Node) -> str:
+    """Put a pointwise product in the place of ``product``, contiguous as that one is."""
+    with product.graph.inserting_before(product):
+        outer = torch_compat.insert_call(product.graph, aten.mul.Tensor, *product.args)
+        if not outer.meta["val"].is_contiguous():
+            layout = {"memory_format": torch.contiguous_format}
+            outer = torch_compat.insert_call(product.graph, aten.clone.default, outer, **layout)
+    product.replace_all_uses_with(outer)
+    product.graph.erase_node(product)
+    return f"{product.name}: pointwise"
 
 
 def _refuse(value: Node) -> str | None:

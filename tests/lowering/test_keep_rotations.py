@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 from lowering.keep_rotations import MIN_READERS, KeepRotations
+from tests.lowering import layers
 from tests.lowering.layers import inference_graph, text
 
 
@@ -91,3 +93,30 @@ def test_inductor_computes_it_once_and_to_the_same_bits():
     assert [done.split(":")[0] for done in outcomes[0].done] == ["cos", "sin"]
     assert len(re.findall(r"\bcos\(\)", code)) <= 2, "one vectorised loop and its tail"
     assert torch.equal(before, after)
+
+
+def angles_of(frequencies: Tensor, positions: Tensor) -> Tensor:
+    """As transformers writes it: the frequencies lie once in memory, whatever the number of rows."""
+    rows, columns = positions.shape
+    expanded = frequencies[None, :, None].expand(rows, -1, 1)
+    return (expanded @ positions[:, None, :]).transpose(1, 2).cos().view(rows, columns, -1)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_angles_are_no_product(columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """In the graph of torch 2.11, where Inductor has no decomposition of its own for it."""
+    bmm = torch.ops.aten.bmm.default
+    kept = {op: decomposed for op, decomposed in layers.select_decomp_table().items() if op is not bmm}
+    monkeypatch.setattr(layers, "select_decomp_table", lambda: kept)
+    positions = torch.arange(4 * columns).view(4, columns) * 1000 + 1
+    module, given = inference_graph(lambda f, p: angles_of(f, p.to(dtype)), torch.rand(16, dtype=dtype), positions)
+    assert module.graph.find_nodes(op="call_function", target=bmm)
+    wanted = module(*given)
+    done = KeepRotations().run(module.graph).done
+    module.graph.lint()
+    module.recompile()
+    assert all(map(torch.equal, module(*given), wanted))
+    single = dtype == torch.float32
+    assert done == (["bmm: pointwise"] if single else [])
+    assert bool(module.graph.find_nodes(op="call_function", target=bmm)) != single
