@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,28 @@ import graphs
 import lowering
 import moe_ops
 from graphs.checkpoints import tiny_model
+from moe_ops.workspace import get_workspace
 
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 PRODUCTS = "thin_linear|gemm|nvjet|splitk|cutlass"  # of a router: all else is behind its logits
 MOST_LAUNCHES = 6
+# Not around the layers: a model's own attention copies. DeepSeek-V3 puts its keys together from products and a cache,
+# and its values are every other part of a product, which ``decode_attention`` makes contiguous.
+ATTENTION = {"thin_linear": "thin_linear", "decode_attention": "attend|merge", "rotate_and_attend": "attend|merge"}
 
 
 def check_step(family: str, group: Any, transport: str) -> None:
-    """The decode step of a model: one graph, and in Inductor's code no copy beside an op, not once a step either.
+    """The decode step of a model, in a workspace that lives as long as the check: see ``_check_step``."""
+    try:
+        _check_step(family, group, transport)
+    finally:
+        torch._dynamo.reset()  # CUDA graphs that hold the ops
+        if (workspace := get_workspace(group.group_name)) is not None:
+            workspace.close()
+
+
+def _check_step(family: str, group: Any, transport: str) -> None:
+    """One graph, and in Inductor's code no copy beside an op of a layer, not once a step either.
 
     Nor is there one in a profile of it, which also shows what the ops launch inside.
     """
@@ -38,7 +53,8 @@ def check_step(family: str, group: Any, transport: str) -> None:
         assert explanation.compiled_graphs == 1 and not explanation.graph_breaks
         assert explanation.partitions <= 1 and explanation.cudagraph_skips == 0
         assert explanation.ops["metadata_update"] == 1
-        assert explanation.copies == [], (inexact, explanation.copies)
+        copies = [copy for copy in explanation.copies if copy.op not in ATTENTION]
+        assert not copies, (inexact, copies)
         if transport in ("p2p", "multicast"):
             layer = "moe_layer_shared" if family == "deepseek_v3" else "moe_layer"
             assert explanation.ops[layer] == 2, explanation.ops
@@ -47,8 +63,23 @@ def check_step(family: str, group: Any, transport: str) -> None:
             kernels = kernels_of_a_step(loop._step)
         print(f"{family}, rank {dist.get_rank()}: {len(kernels)} launches a step", flush=True)
         assert sum("combine_add" in name for name in kernels) == 2, kernels
-        foreign = [name for name in kernels if not name.startswith("triton_")]  # Inductor's were judged by its schedule
-        assert not [name for name in foreign if re.search("copy|clone", name, re.IGNORECASE)], foreign
+        assert not (found := copies_beside_ours(kernels)), (found, kernels)
+
+
+def copies_beside_ours(kernels: list[str]) -> list[tuple[str, str]]:
+    """Copies among ``kernels``, in launch order, that come right before or behind a kernel of a layer, and that kernel.
+
+    An op that copies does so there. Inductor's kernels are not judged by their names: its schedule was. Nor is what a
+    call of torch copies for itself: with torch 2.11 the products of GPT-OSS's own attention do, of a query and weights
+    of one row, whose stride Inductor gives as 0.
+    """
+    others, found = "triton_|nvjet|.*(" + "|".join(ATTENTION.values()) + ")", []
+    for pair in pairwise(kernels):
+        for copy, beside in (pair, pair[::-1]):
+            ours = re.fullmatch(r"\w+", beside) and not re.match(others, beside)
+            if ours and not copy.startswith("triton_") and re.search("copy|clone|memcpy", copy, re.IGNORECASE):
+                found.append((copy, beside))
+    return found
 
 
 def kernels_of_a_step(step: Callable) -> list[str]:
