@@ -17,7 +17,7 @@ Left alone where fewer than ``MIN_READERS`` nodes read it: then a buffer would c
 The angles themselves, ``aten.bmm(frequencies (B, R, 1), positions (B, 1, S))``, become ``aten.mul`` of the two, which
 Inductor computes in the same kernel. torch 2.13 does so itself; with 2.11 the product is three launches: its operand,
 ATen's copy of the frequencies, because they are the same for every row (stride 0), and itself. A product of fp32
-with one term has nothing to sum: the same bits, unless TF32 is allowed, to which transformers would not round positions.
+with one term has nothing to sum: the same bits, unless TF32 is allowed (transformers wants none there).
 """
 
 from __future__ import annotations
