@@ -1,4 +1,4 @@
-"""Every graph that a test of this folder has explained goes through the protocol's model."""
+"""Tests of this folder begin with the passes as imported; graphs that they explain go through the protocol's model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,19 @@ from typing import Any
 
 import pytest
 
+import lowering
 from lowering import torch_compat
 from tests.lowering.launches import Step, check_code
+
+
+@pytest.fixture(autouse=True)
+def as_imported() -> Iterator[None]:
+    """The passes as ``import lowering`` leaves them, for each test and for another folder's after it."""
+    torch_compat.install_pass(None)
+    lowering.enable()
+    yield
+    torch_compat.install_pass(None)
+    lowering.enable()
 
 
 @pytest.fixture(autouse=True)

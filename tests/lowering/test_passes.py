@@ -25,15 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    """Each test starts with the passes as `import lowering` leaves them, and no compiled function."""
+    """Each test starts without a compiled function."""
     torch._dynamo.reset()
-    torch_compat.install_pass(None)
-    lowering.enable()
     RECENT.clear()
     with torch_compat.without_caches():
         yield
-    torch_compat.install_pass(None)
-    lowering.enable()
 
 
 def two_layers(x: Tensor, w: dict[str, Tensor], count: Tensor) -> Tensor:
