@@ -36,7 +36,8 @@ def ops_in_code(source: str) -> list[str]:
 def copies_among(launches: Iterable[Launch]) -> list[Copy]:
     """Launches that move what an op wrote to another buffer, or move to a buffer that an op reads.
 
-    A kernel is judged by its stores: one of data that nothing was computed from is a copy, whatever else it does.
+    A kernel is judged by its stores: one of data that nothing was computed from is a copy, whatever else it does. It is
+    named once for each op beside it, so that one between two ops is not overlooked by who leaves out one of them.
     """
     launches = list(launches)
     ours = [(launch, launch.called.removeprefix(_OURS)) for launch in launches if launch.called.startswith(_OURS)]
@@ -46,7 +47,7 @@ def copies_among(launches: Iterable[Launch]) -> list[Copy]:
     for launch in launches:
         beside = [(writers[s], s) for sources, _ in _moves(launch) for s in sorted(sources) if s in writers]
         beside += [(readers[target], target) for _, target in _moves(launch) if target in readers]
-        found += [Copy(launch.origins, *beside[0])] if beside else []
+        found += [Copy(launch.origins, op, buffer) for op, buffer in dict(reversed(beside)).items()]
     return found
 
 

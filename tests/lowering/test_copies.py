@@ -125,6 +125,13 @@ def test_calls_of_torch_that_are_not_known_to_compute_count():
     assert copies_among([layer, launch("", "arg0_1", "buf1", moved=True)]) == [Copy("clone", "moe_layer", "buf1")]
 
 
+def test_a_copy_between_two_ops_names_both():
+    """Else who leaves out the copies of one op would overlook one that another op reads."""
+    router, layer = launch("moe_ep.thin_linear", "buf0", "buf1"), launch("moe_ep.moe_layer", "buf2", "buf3")
+    found = copies_among([router, launch("", "buf1", "buf2", moved=True), layer])
+    assert {(copy.op, copy.buffer) for copy in found} == {("thin_linear", "buf1"), ("moe_layer", "buf2")}
+
+
 def loop_of(written: str, read: str | None) -> Any:
     """A scheduled loop that casts ``read``, or one that a template computes."""
 
