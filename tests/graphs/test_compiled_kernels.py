@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from graphs.attention_kernels import _attend_kernel
-from graphs.attention_launch import JOINED, SHORT_BLOCK, SHORT_STAGES
+from graphs.attention_launch import JOINED, SHORT_BLOCK, SHORT_STAGES, sizes, split
 from graphs.rotated_attention_kernels import _rotate_and_attend_kernel
 from moe_ops.thin_linear import tiles
 from moe_ops.thin_linear_kernels import _thin_linear_kernel
@@ -62,6 +63,13 @@ def test_decode_attention():
     ptx, registers, stack = compiled(_attend_kernel, ATTENTION, constants)
     assert stack == 0 and registers <= 128, (registers, stack)
     assert "cp.async.cg" in ptx
+
+
+def test_heads_smaller_than_a_tensor_core_product_compile():
+    query, keys, values = torch.empty(1, 2, 4), torch.empty(1, 1, 128, 4), torch.empty(1, 1, 128, 2)
+    constants = sizes(query, keys, values, split(query, keys, values, None)) | {"PDL": False}
+    ptx, _, stack = compiled(_attend_kernel, ATTENTION, constants)
+    assert stack == 0 and "mma.sync" in ptx
 
 
 @pytest.mark.parametrize("norms", [(True, True), (False, False)])

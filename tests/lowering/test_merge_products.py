@@ -86,16 +86,22 @@ def router(x: Tensor, weight: Tensor) -> Tensor:
     return functional.linear(x.sin().type(torch.float32), weight.type(torch.float32)).sigmoid()
 
 
-def test_casts_of_a_router_go():
-    """Expected: the weight is read as it is stored, and the logits stay in fp32."""
-    module, inputs = inference_graph(router, torch.randn(5, 16).bfloat16(), torch.randn(8, 16).bfloat16())
+def lowered_router(depth: int, done: str) -> str:
+    """The graph of a router of 8 columns after the pass, which says ``done`` and keeps its results."""
+    weight = torch.randn(8, depth).bfloat16() / depth**0.5
+    module, inputs = inference_graph(router, torch.randn(5, depth).bfloat16(), weight)
     wanted = module(*inputs)[0]
-    assert PASS.run(module.graph).done == ["thin_linear_default: mm"]
+    assert PASS.run(module.graph).done == [done]
     module.graph.lint()
     module.recompile()
     torch.testing.assert_close(module(*inputs)[0], wanted)
     module.graph.eliminate_dead_code()
-    assert_expected_inline(text(module.graph), """\
+    return text(module.graph)
+
+
+def test_casts_of_a_router_go():
+    """Expected: the weight is read as it is stored, and the logits stay in fp32."""
+    assert_expected_inline(lowered_router(16, "thin_linear_default: mm"), """\
 sin = sin(in0)
 thin_linear_default = thin_linear(sin, [in1], out_dtype=torch.float32)
 getitem = thin_linear_default[0]
@@ -105,14 +111,8 @@ return (sigmoid)""")
 
 def test_few_columns_are_summed_in_pieces_that_their_readers_add():
     """Expected: a result for each quarter of the depth, and one sum, which Inductor makes part of the sigmoid."""
-    module, inputs = inference_graph(router, torch.randn(5, 2048).bfloat16(), torch.randn(8, 2048).bfloat16() / 45)
-    wanted = module(*inputs)[0]
-    assert PASS.run(module.graph).done == ["thin_linear_default: mm in 4 pieces, added where they are read"]
-    module.graph.lint()
-    module.recompile()
-    torch.testing.assert_close(module(*inputs)[0], wanted)
-    module.graph.eliminate_dead_code()
-    assert_expected_inline(text(module.graph), """\
+    graph = lowered_router(2048, "thin_linear_default: mm in 4 pieces, added where they are read")
+    assert_expected_inline(graph, """\
 sin = sin(in0)
 thin_linear_default = thin_linear(sin, [in1], out_dtype=torch.float32, split=4)
 getitem = thin_linear_default[0]
