@@ -12,9 +12,9 @@ from tests.moe_ops.launched import GPU, launches, table_plans, usage
 PLANS = {f"{shape.key()} T={shape.tokens}": (shape, plan) for shape, plan in table_plans()}
 # A point of each regime of the benchmark's shapes; ``python -m tests.moe_ops.launched`` compiles the whole table.
 POINTS = [
-    *(f"E128-K8-H2048-I768 T={tokens}" for tokens in (4, 128, 2048)),
+    *(f"E128-K8-H2048-I768 T={tokens}" for tokens in (4, 256, 2048)),
     *(f"E16-K8-H2048-I768 T={tokens}" for tokens in (128, 512, 8192)),
-    *(f"E8-K2-H4096-I14336 T={tokens}" for tokens in (16, 128, 256)),
+    *(f"E8-K2-H4096-I14336 T={tokens}" for tokens in (16, 256, 2048)),
     *(f"E32-K8-H7168-I2048 T={tokens}" for tokens in (16, 512, 8192)),
     *(f"E128-K4-H2880-I2880 T={tokens}" for tokens in (4, 512, 8192)),
 ]
