@@ -5,7 +5,6 @@ subtracted, the median reported. The floor is ``shapes.LayerShape.floor_us``.
 
     python benchmarks/bench_fused_moe.py --peers --csv out.csv --plot out.png       # the whole registry
     python benchmarks/bench_fused_moe.py --shapes mixtral --tokens 64,8192 --profile
-    python benchmarks/bench_fused_moe.py --tune table.json --seconds 280            # resumable
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from pathlib import Path
 
 import peers
 import torch
-from moe_steps import MAX_ERROR, print_steps
+from moe_steps import print_steps
 from shapes import SHAPES, TOKENS, LayerShape, peer_fraction
 from torch import Tensor
 
-from moe_ops.fused_moe_config import Plan, Shape, choose_plan
-from moe_ops.fused_moe_tune import Tuner, save_plan, tuned_already
+from moe_ops.fused_moe_config import Shape, choose_plan
+from moe_ops.fused_moe_tune import Tuner
 from moe_ops.graph_timer import GraphTimer
-from moe_ops.moe_reference import fused_moe_reference
+from moe_ops.random_layer import MAX_ERROR, Answer
 
 SLACK_US = 10.0  # the aim where the floor is short
 PEER_MAX_ERROR = 1e-2  # others round more often
@@ -80,20 +79,6 @@ def tuner_of(layer: LayerShape, tokens: int, timer: GraphTimer) -> Tuner:
 def floor_of(layer: LayerShape, tuner: Tuner) -> float:
     local = tuner.ids[tuner.ids < layer.local_experts]
     return layer.floor_us(tuner.shape.tokens, local.numel(), local.unique().numel())
-
-
-class Answer:
-    """What a layer's call must give: fp64, at most 512 rows of it."""
-
-    def __init__(self, tuner: Tuner):
-        self.rows = torch.randperm(tuner.shape.tokens, device=tuner.hidden.device)[:512]
-        live = torch.tensor([self.rows.numel()], dtype=torch.int32, device=self.rows.device)
-        inputs = tuner.hidden[self.rows].double(), tuner.ids[self.rows], tuner.weights[self.rows].double()
-        self.wanted = fused_moe_reference(*inputs, tuner.gate_up, tuner.down, live, 0, out_dtype=torch.float64)
-
-    def error_of(self, got: Tensor) -> float:
-        """Relative error in the Frobenius norm."""
-        return float((got[self.rows].double() - self.wanted).norm() / self.wanted.norm())
 
 
 def checked(name: str, call: Callable[[], Tensor], answer: Answer, limit: float = MAX_ERROR) -> float:
@@ -150,46 +135,6 @@ def profile(call: Callable[[], object], timer: GraphTimer, rounds: int = 5) -> N
             print(f"    {event.key[:60]:60} {event.device_time:8.1f} us")
 
 
-def tune_points(points: list[tuple[LayerShape, int]], timer: GraphTimer, args: argparse.Namespace) -> None:
-    """Fill the table at ``args.tune`` until the time is up; what is in it already is skipped."""
-    gpu, began = torch.cuda.get_device_name(), time.monotonic()
-    for layer, tokens in points:
-        shape = Shape(layer.local_experts, layer.top_k, layer.hidden, layer.inner, tokens)
-        if tuned_already(args.tune, shape):
-            continue
-        if time.monotonic() - began > args.seconds:
-            print(f"time is up before {layer.name} T={tokens}", flush=True)
-            return
-        tuner = tuner_of(layer, tokens, timer)
-        floor, started = floor_of(layer, tuner), time.monotonic()
-        plan, us = tuner.search(args.repeats, args.finalists)
-        error = Answer(tuner).error_of(tuner.call(plan))
-        if error <= MAX_ERROR:
-            save_plan(args.tune, gpu, shape, plan, us, "benchmarks/bench_fused_moe.py")
-        took = time.monotonic() - started
-        print(
-            f"{layer.name:16} {tokens:5d} {us:9.1f} us, floor {floor:8.1f}, {floor / us:.3f}, error {error:.1e}, "
-            f"{len(tuner.results)} plans in {took:.0f} s",
-            flush=True,
-        )
-        if args.verbose:
-            for each in sorted(tuner.results, key=tuner.results.__getitem__)[: args.verbose]:
-                print(f"    {tuner.results[each]:9.1f} {brief(each)}", flush=True)
-        del tuner
-        torch.cuda.empty_cache()
-
-
-def brief(plan: Plan) -> str:
-    """A plan on one line."""
-    tiles = [
-        f"{t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}"
-        + "".join(f" {flag}" for flag in ("swap", "flat", "special") if getattr(t, flag))
-        for t in (plan.gate_up, plan.down)
-    ]
-    way = f"few {plan.pairs} pre{plan.prefetch >> 10}K" if plan.pairs else f"many g{plan.group} p{plan.programs}"
-    return f"{way} pdl={int(plan.pdl)} tma={int(plan.tma)} | {tiles[0]} | {tiles[1]}"
-
-
 def plot(points: list[Point], path: Path) -> None:
     """Time over floor, one line a shape, log-log; the diagonal is the floor."""
     import matplotlib
@@ -235,10 +180,17 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", action="store_true", help="check and time align and the top-k sum, nothing else")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--tune", type=Path, metavar="TABLE", help="search plans and write them to this table")
-    parser.add_argument("--finalists", type=int, default=2, help="ways of launching whose tiles are searched")
-    parser.add_argument("--verbose", type=int, default=0, metavar="N", help="with --tune: print the N best plans")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if unknown := [name for name in args.shapes.split(",") if name not in SHAPES]:
+        parser.error(f"--shapes {','.join(unknown)}: pass some of {', '.join(SHAPES)}")
+    if not all(count.isdecimal() and int(count) for count in args.tokens.split(",")):
+        parser.error(f"--tokens {args.tokens}: pass counts from 1 up with commas between them, as in 1,64,8192")
+    for path in (args.csv, args.plot):
+        if path and not path.parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}; make it first")
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    return args
 
 
 def main() -> None:
@@ -249,10 +201,6 @@ def main() -> None:
     if args.steps:
         print_steps(timer, args.repeats)
         return
-    if args.tune:
-        args.repeats = min(args.repeats, 8)  # a search needs fewer samples than a table of results
-        tune_points(wanted, timer, args)
-        return
     began, points = time.monotonic(), []
     print(HEADER, flush=True)
     for layer, tokens in wanted:
@@ -261,11 +209,11 @@ def main() -> None:
             break
         points.append(measure(layer, tokens, timer, args))
         print(points[-1].line(), flush=True)
+        if args.csv:  # after each point: a wrong one, or an interrupt, ends the run
+            write_csv(points, args.csv)
         torch.cuda.empty_cache()
     print(summary(points))
-    if args.csv:
-        write_csv(points, args.csv)
-    if args.plot:
+    if args.plot and points:
         plot(points, args.plot)
 
 

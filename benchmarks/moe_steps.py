@@ -12,15 +12,14 @@ from torch import Tensor
 
 from moe_ops.align import launch_align
 from moe_ops.fused_moe_config import Shape
-from moe_ops.fused_moe_tune import random_layer
 from moe_ops.graph_timer import GraphTimer
 from moe_ops.moe_reference import align_reference
 from moe_ops.pdl import chain_link
+from moe_ops.random_layer import MAX_ERROR, random_layer
 from moe_ops.topk_sum import topk_sum_reference
 
 CALLS = 21  # with inputs of their own, of which one graph is made
 BLOCK = 64  # rows of a block of align
-MAX_ERROR = 4e-3  # bf16 against fp64
 
 
 class Step(NamedTuple):

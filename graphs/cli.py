@@ -112,20 +112,26 @@ def tune(
     inner: Annotated[int, typer.Option(min=1, help="Intermediate size of one expert.")],
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that the experts are spread over.")] = 1,
     tokens: Annotated[str, typer.Option(help="Row counts of the gathered batch.")] = "1,4,16,64,128,256,512,2048,8192",
-    out: Annotated[Path | None, typer.Option(help="Table; default: the installed one of this GPU.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Table; default: the installed one, which calls read.")] = None,
 ) -> None:
     """Measure tile shapes of fused_moe on this GPU and keep the best in a table. An interrupted run resumes."""
     import torch
     from rich.progress import Progress
 
+    from moe_ops.align import MAX_LOCAL_EXPERTS
     from moe_ops.fused_moe_config import Shape
     from moe_ops.fused_moe_tune import tune as tune_shapes
 
     if not torch.cuda.is_available():
         raise ArgumentError("tune: there is no CUDA device here; run it on the GPU that the table is for.")
-    if not all(part.strip().isdigit() for part in tokens.split(",")):
-        raise ArgumentError(f"--tokens {tokens}: pass counts with commas between them, as in 1,16,64.")
+    if not all(part.strip().isdecimal() and int(part) for part in tokens.split(",")):
+        raise ArgumentError(f"--tokens {tokens}: pass counts from 1 up with commas between them, as in 1,16,64.")
     local = -(-experts // ranks)
+    if top_k > experts or local > MAX_LOCAL_EXPERTS:
+        raise ArgumentError(
+            f"--top-k {top_k}, --experts {experts}, --ranks {ranks}: pass at most --experts as --top-k, and so many "
+            f"--ranks that each has at most {MAX_LOCAL_EXPERTS} experts."
+        )
     shapes = [(Shape(local, top_k, hidden, inner, int(count)), experts) for count in tokens.split(",")]
     with Progress() as display:
         task = display.add_task("tuning", total=len(shapes))

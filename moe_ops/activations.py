@@ -41,6 +41,8 @@ def check_activation(
             f"{op}: limit={limit} with activation={activation!r}, gated={gated}; "
             f"leave limit out, or use it with a gated {' or '.join(map(repr, _WITH_LIMIT))}."
         )
+    if limit is not None and not limit > 0:
+        raise ArgumentError(f"{op}: limit={limit}; pass one above 0, or none.")
     if not gated and (activation == "swiglu_oai" or interleaved):
         raise ArgumentError(
             f"{op}: gated=False with activation={activation!r}, interleaved={interleaved}; "

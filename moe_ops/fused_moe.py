@@ -61,6 +61,8 @@ def _check_weights(hidden: Tensor, gate_up: Tensor, down: Tensor, form: ExpertFo
             f"fit; pass gate_up {letters[0]} and down {letters[1]} with transposed={form.transposed}, "
             f"gated={form.gated}."
         )
+    if inner == 0:
+        raise ShapeError(f"{_OP}: gate_up {tuple(gate_up.shape)} has no inner columns; pass I of 1 or more.")
     if not 1 <= gate_up.shape[0] <= MAX_LOCAL_EXPERTS:
         raise ShapeError(f"{_OP}: {gate_up.shape[0]} local experts; pass 1 to {MAX_LOCAL_EXPERTS}.")
 

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import fused_moe_wide
 from .align import align_with_destinations, launch_align
 from .align_kernels import ONE_LAUNCH_PAIRS
+from .errors import ShapeError
 from .fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan
 from .fused_moe_few_kernels import down_few_kernel, gate_up_few_kernel
 from .fused_moe_many_kernels import down_many_kernel, gate_up_many_kernel
@@ -64,6 +65,11 @@ def _weights(weight: Tensor, parts: int, transposed: bool, tiles: Tiles, tma: bo
     """What a kernel reads the weights through, and its tile arguments. ``tiles.block_n`` columns of each part."""
     depth, cols = weight.shape[1:] if transposed else (weight.shape[2], weight.shape[1])
     tma = tma and (cols // parts if transposed else depth) * weight.element_size() % _TMA_ALIGN == 0
+    if tma and weight.storage_offset() * weight.element_size() % _TMA_ALIGN:  # also known of fakes, see compile_ahead
+        raise ShapeError(
+            f"fused_moe: weights {tuple(weight.shape)} begin at an address that is no multiple of {_TMA_ALIGN} bytes, "
+            "as a view into a flat tensor may; pass a copy of their own: weights.clone()."
+        )
     if tma and transposed:
         view = weight.view(weight.shape[0], depth, parts, cols // parts)
         source = TensorDescriptor.from_tensor(view, [1, tiles.block_k, parts, tiles.block_n])
@@ -226,7 +232,7 @@ def _down_many(
 
 
 def run(problem: Problem, tokens_hint: int | None, batch_invariant: bool, plan: Plan | None = None) -> None:
-    """Fill ``problem.out``: three launches for few rows, four for many."""
+    """Fill ``problem.out``: three launches for few rows, four to seven for many (align in two, GEMMs with a rest)."""
     if problem.topk_ids.numel() == 0 or problem.hidden.shape[1] == 0:
         problem.out.zero_()
         return

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import islice
+from math import inf
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .errors import ArgumentError
 from .fused_moe import launch_fused_moe
 from .fused_moe_config import (
     FEW_PAIRS,
@@ -27,35 +32,12 @@ from .fused_moe_config import (
     table_name,
 )
 from .graph_timer import GraphTimer
+from .random_layer import MAX_ERROR, Answer, random_layer
 
 _SHARED_BYTES = 227 << 10  # of one SM of an H100 or H200
 _COMPILE_THREADS = 12
 _LONG_US = 1500.0  # calls that take longer vary less and are repeated less
 _DECIDED = 4, 40  # plans of a search that are measured once more, and samples of each
-
-
-def random_layer(
-    shape: Shape, total_experts: int, device: torch.device, seed: int = 0
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-    """``(hidden, topk_ids, topk_weights)`` of uniform routing over all experts, and bf16 ``(gate_up, down)``.
-
-    Of the random routings the first that touches as many local experts as is to be expected, rounded: at a few tokens
-    chance would decide how many weights are read.
-    """
-    missed = (1 - shape.top_k / total_experts) ** shape.tokens
-    expected = round(shape.experts * (1 - missed))
-    make = torch.Generator(device).manual_seed(seed)
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(size, device=device, generator=make, dtype=torch.bfloat16) * scale
-
-    for _ in range(1000):
-        weights, ids = torch.rand(shape.tokens, total_experts, device=device, generator=make).topk(shape.top_k, dim=-1)
-        if ids[ids < shape.experts].unique().numel() == expected:
-            break
-    gate_up = normal(shape.experts, 2 * shape.inner, shape.hidden, scale=shape.hidden**-0.5)
-    down = normal(shape.experts, shape.hidden, shape.inner, scale=shape.inner**-0.5)
-    return (normal(shape.tokens, shape.hidden), ids, weights / weights.sum(-1, keepdim=True)), (gate_up, down)
 
 
 def _fits(tiles: Tiles, parts: int) -> bool:
@@ -155,6 +137,7 @@ def launching_variants(plan: Plan) -> Iterator[Plan]:
         for slots in (0, 2, 4, 8, 16):
             yield replace(plan, slots=slots)
         return
+    yield replace(plan, lone=not plan.lone)
     for group in (1, 2, 4, 8, 16, 32):
         yield replace(plan, group=group)
     for programs in (1, 2, 3, 4, 16):
@@ -180,6 +163,16 @@ class Tuner:
             plan=plan, tokens_hint=self.shape.tokens,
         )  # fmt: skip
 
+    @cached_property
+    def _answer(self) -> Answer:
+        return Answer(self)
+
+    def _is_right(self, plan: Plan) -> bool:
+        error = self._answer.error_of(self.call(plan))
+        if not error <= MAX_ERROR:
+            print(f"  skipped {plan}: relative error {error:.1e}", flush=True)
+        return error <= MAX_ERROR
+
     def _compiles(self, plan: Plan) -> bool:
         try:
             self.call(plan, self._none)
@@ -197,7 +190,7 @@ class Tuner:
             works = list(pool.map(self._compiles, fresh))
         torch.cuda.synchronize()
         for plan, usable in zip(fresh, works, strict=True):
-            self.results[plan] = self._timer.median_us(lambda p=plan: self.call(p), repeats) if usable else float("inf")
+            self.results[plan] = self._timer.median_us(lambda p=plan: self.call(p), repeats) if usable else inf
         return min(wanted, key=self.results.__getitem__)
 
     def decide(self, plans: list[Plan], rounds: int) -> Plan:
@@ -216,19 +209,42 @@ class Tuner:
             for vary in (partial(neighbours, which="gate_up"), partial(neighbours, which="down"), launching_variants):
                 plan = self.best([plan, *vary(plan)], repeats)
         number, rounds = _DECIDED
-        usable = [plan for plan, us in self.results.items() if us < float("inf")]
-        plan = self.decide(sorted(usable, key=self.results.__getitem__)[:number], rounds)
+        ranked = [plan for plan in sorted(self.results, key=self.results.__getitem__) if self.results[plan] < inf]
+        usable = list(islice(filter(self._is_right, ranked), number))
+        if not usable:
+            raise ArgumentError(f"tune: no plan of {self.shape} is right on this GPU; see above what each said.")
+        plan = self.decide(usable, rounds)
         return plan, self.results[plan]
 
 
+def _read(path: Path, gpu: str) -> dict[str, Any]:
+    """The table at ``path``, an empty one where there is none yet. Raises ``ArgumentError`` before time is spent."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ArgumentError(f"tune: {path} can't be written; pass with --out a file in a folder that can.")
+    if not path.exists():
+        return {"gpu": gpu, "plans": {}}
+    try:
+        table = json.loads(path.read_text())
+        mine = table["plans"] is not None and table["gpu"] == gpu
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArgumentError(
+            f"tune: {path} is no table of plans ({error!r}); move it away or pass another --out."
+        ) from None
+    if not mine:
+        raise ArgumentError(f"tune: {path} is of {table['gpu']}, this GPU is {gpu}; pass another --out.")
+    return table
+
+
 def save_plan(path: Path, gpu: str, shape: Shape, plan: Plan, microseconds: float, source: str) -> None:
-    """Add one entry to a table, which later calls read."""
-    table = json.loads(path.read_text()) if path.exists() else {"gpu": gpu, "plans": {}}
+    """Add one entry to a table, which later calls read if it is the installed one."""
+    table = _read(path, gpu)
     entry = plan.to_json() | {"us": round(microseconds, 2), "from": source}
     plans = table["plans"].setdefault(shape.key(), {})
     plans[str(shape.tokens)] = entry
     table["plans"][shape.key()] = dict(sorted(plans.items(), key=lambda item: int(item[0])))
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    whole = path.with_suffix(".new")  # an interrupt in the middle of writing must not cost the table
+    whole.write_text(json.dumps(table, indent=1) + "\n")
+    whole.replace(path)
     load_table.cache_clear()
 
 
@@ -248,6 +264,7 @@ def tune(
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     path, timer = out or TABLES / f"{table_name(gpu)}.json", GraphTimer(device)
+    _read(path, gpu)
     for shape, total_experts in shapes:
         if tuned_already(path, shape):
             progress(f"{shape.key()} T={shape.tokens}: already in {path.name}")

@@ -28,6 +28,7 @@ _MAX_CHUNK = 64  # columns of gate, then of up, that lie side by side in a tile:
 def suits(problem: Problem, plan: Plan) -> bool:
     """Whether the plan asks for blocks of 192 and bulk copies can bring weights and activations."""
     aligned = problem.hidden.shape[1] % _TMA_ALIGN == 0 and problem.inner % _TMA_ALIGN == 0
+    aligned = aligned and all(w.storage_offset() % _TMA_ALIGN == 0 for w in (problem.gate_up, problem.down))
     return plan.gate_up.block_m == WIDE_ROWS and plan.tma and aligned and not problem.form.transposed
 
 

@@ -20,7 +20,7 @@ def align_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``align.align_block_size``; reads nothing of the rows >= ``valid_tokens``."""
     num_pairs = topk_ids.numel()
-    live = topk_ids[: int(valid_tokens)].reshape(-1).long() - local_expert_start
+    live = topk_ids[: max(int(valid_tokens), 0)].reshape(-1).long() - local_expert_start
     pairs = torch.nonzero((live >= 0) & (live < num_local_experts)).squeeze(1)
     expert_of, order = torch.sort(live[pairs], stable=True)
     counts = torch.bincount(expert_of, minlength=num_local_experts)
@@ -71,7 +71,7 @@ def fused_moe_reference(
     of an expert slot by slot), so the results are equal to the bit. bf16 and fp16 are computed in fp32
     and rounded once at the end, where HF rounds at every step.
     """
-    live, wide = int(valid_tokens), torch.promote_types(hidden.dtype, torch.float32)
+    live, wide = max(int(valid_tokens), 0), torch.promote_types(hidden.dtype, torch.float32)
     ids = topk_ids[:live].long() - local_expert_start
     out = torch.zeros(hidden.shape[0], hidden.shape[1], dtype=wide, device=hidden.device)
     present = torch.unique(ids[(ids >= 0) & (ids < gate_up.shape[0])])

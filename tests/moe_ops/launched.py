@@ -1,7 +1,8 @@
 """What a call of ``fused_moe`` launches on an H200, compiled here for the arguments of each launch.
 
 ``python -m tests.moe_ops.launched`` compiles every plan of the committed table, a line a kernel, and fails where one
-spills: some minutes, less where Triton's cache has them.
+spills: some minutes, less where Triton's cache has them. ``... launched gpt-oss`` compiles the plans of its shape as it
+calls them: transposed, interleaved, with biases, alpha and limit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from moe_ops import align, fused_moe_launch, pdl, topk_sum_launch
+from moe_ops import fused_moe_launch, pdl, topk_sum_launch
 from moe_ops.fused_moe import launch_fused_moe
 from moe_ops.fused_moe_config import Plan, Shape, load_table
 
@@ -81,8 +82,8 @@ def _launch(kernel: JITFunction, arguments: tuple, options: dict[str, Any]) -> L
     return Launch(kernel.__name__, ASTSource(kernel, signature, constants, attributes), parsed.__dict__)
 
 
-def launches(shape: Shape, plan: Plan) -> list[Launch]:
-    """What one call with ``shape.tokens`` rows launches, in order."""
+def launches(shape: Shape, plan: Plan, gpt_oss: bool = False) -> list[Launch]:
+    """What one call with ``shape.tokens`` rows launches, in order; ``gpt_oss``: in that model's form."""
     seen: list[Launch] = []
 
     def record(kernel: JITFunction, *arguments: Any, grid: object, warmup: bool, **options: Any) -> None:
@@ -91,20 +92,27 @@ def launches(shape: Shape, plan: Plan) -> list[Launch]:
     with ExitStack() as patches, torch.device("meta"):
         patches.enter_context(patch.object(JITFunction, "run", record))
         patches.enter_context(patch.object(pdl, "supports_pdl", lambda device: True))
-        for module in (align, fused_moe_launch, topk_sum_launch):
-            patches.enter_context(patch.object(module, "device_of", lambda tensor: (GPU, SMS), create=True))
-        launch_fused_moe(*_arguments(shape), plan=plan)
+        for module in (fused_moe_launch, topk_sum_launch):
+            patches.enter_context(patch.object(module, "device_of", lambda tensor: (GPU, SMS)))
+        launch_fused_moe(*_arguments(shape, gpt_oss), **(_gpt_oss(shape) if gpt_oss else {}), plan=plan)
     return seen
 
 
-def _arguments(shape: Shape) -> tuple[Any, ...]:
-    def of(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype)
+def _of(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype)
 
-    pairs, count = (shape.tokens, shape.top_k), of(1, dtype=torch.int32)
-    up, down = of(shape.experts, 2 * shape.inner, shape.hidden), of(shape.experts, shape.hidden, shape.inner)
-    ids, weights = of(*pairs, dtype=torch.int64), of(*pairs, dtype=torch.float32)
-    return of(shape.tokens, shape.hidden), ids, weights, up, down, count, 0
+
+def _gpt_oss(shape: Shape) -> dict[str, Any]:
+    biases = {"gate_up_bias": _of(shape.experts, 2 * shape.inner), "down_bias": _of(shape.experts, shape.hidden)}
+    return {"activation": "swiglu_oai", "alpha": 1.702, "limit": 7.0, "transposed": True, "interleaved": True} | biases
+
+
+def _arguments(shape: Shape, transposed: bool) -> tuple[Any, ...]:
+    pairs, count = (shape.tokens, shape.top_k), _of(1, dtype=torch.int32)
+    up, down = (2 * shape.inner, shape.hidden), (shape.hidden, shape.inner)
+    up, down = (_of(shape.experts, *(size[::-1] if transposed else size)) for size in (up, down))
+    ids, weights = _of(*pairs, dtype=torch.int64), _of(*pairs, dtype=torch.float32)
+    return _of(shape.tokens, shape.hidden), ids, weights, up, down, count, 0
 
 
 def table_plans() -> Iterator[tuple[Shape, Plan]]:
@@ -117,9 +125,9 @@ def table_plans() -> Iterator[tuple[Shape, Plan]]:
 
 
 def _main() -> None:
-    seen: dict[str, Usage] = {}
+    gpt_oss, seen = sys.argv[1:] == ["gpt-oss"], dict[str, Usage]()
     for shape, plan in table_plans():
-        for launch in launches(shape, plan):
+        for launch in launches(shape, plan, gpt_oss) if not gpt_oss or shape.hidden == 2880 else ():
             if launch.key() not in seen:
                 used = seen[launch.key()] = usage(launch.compiled())
                 print(f"{shape.key():20} T={shape.tokens:<5} {launch.kernel:24}", *used, flush=True)

@@ -76,7 +76,7 @@ def test_forms(form, plan):
     [
         {"live": 0}, {"rows": 1, "live": 1}, {"routing": "one"}, {"routing": "none"},
         {"local": 1, "experts": 1, "start": 0}, {"index_dtype": torch.int32, "weight_dtype": torch.bfloat16},
-        {"top_k": 1}, {"experts": 64, "local": 33},
+        {"top_k": 1}, {"top_k": 0}, {"rows": 0, "live": 0}, {"experts": 64, "local": 33},
     ],
     ids=str,
 )  # fmt: skip

@@ -122,6 +122,8 @@ BAD = [
     ({"activation": "swiglu_oai"}, ArgumentError, "pass alpha"),
     ({"alpha": 1.0}, ArgumentError, "pass alpha with"),
     ({"activation": "gelu", "limit": 1.0}, ArgumentError, "leave limit out"),
+    ({"limit": -1.0}, ArgumentError, "above 0"),
+    ({"limit": float("nan")}, ArgumentError, "above 0"),
     ({"gated": False, "interleaved": True}, ArgumentError, "pass gated=True"),
     ({"transposed": True}, ShapeError, "do not fit"),
     ({"gated": False}, ShapeError, "do not fit"),
@@ -163,3 +165,19 @@ def test_opcheck(form):
     arguments, options = build(replace(Case(), live=5), FORMS[form], torch.float32)
     arguments[0][5:] = 0  # opcheck compares results, and rows that are not live are unspecified
     torch.library.opcheck(fused_moe.default, arguments, options)
+
+
+def test_refuses_experts_without_inner_columns():
+    hidden, ids, weights, gate_up, down, live, start = build(Case(), {}, torch.float32)[0]
+    with pytest.raises(ShapeError, match="I of 1 or more"):
+        fused_moe(hidden, ids, weights, gate_up[:, :0].contiguous(), down[..., :0].contiguous(), live, start)
+
+
+def test_a_count_below_zero_is_no_row():
+    """As the kernels take it: nothing of a result is then specified, but nothing is read either."""
+    arguments = list(build(Case(), {}, torch.float32)[0])
+    arguments[5] = torch.tensor([-3], dtype=torch.int32)
+    assert not fused_moe(*arguments).any()
+    ids, local, start = arguments[1], arguments[3].shape[0], arguments[6]
+    *_, total = torch.ops.moe_ep.align_block_size(ids, arguments[5], 16, local, start)
+    assert total.item() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from moe_ops import fused_moe_config, fused_moe_tune
+from moe_ops.errors import ArgumentError
 from moe_ops.fused_moe_config import Plan, Shape, Tiles, choose_plan, default_plan, invariant_plan
-from moe_ops.fused_moe_tune import Tuner, launching_variants
+from moe_ops.fused_moe_tune import Tuner, launching_variants, neighbours, starting_plans
+from moe_ops.random_layer import Answer, random_layer
 
 FEW, MANY = Shape(8, 2, 64, 32, 4), Shape(8, 2, 64, 32, 512)
 
@@ -22,6 +25,7 @@ class Clock:
         self.cost, self.luck, self.plan, self.turns = cost, luck, None, []
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(fused_moe_tune, "launch_fused_moe", self._launch)
+        monkeypatch.setattr(Answer, "error_of", lambda answer, got: 0.0)
 
     def _launch(self, *inputs, plan: Plan, tokens_hint: int) -> None:
         self.plan = plan
@@ -86,3 +90,82 @@ def test_batch_invariant_mode_changes_only_tiles_with_the_weights_on_the_right(m
     swapped = replace(invariant_plan(FEW).gate_up, block_m=16)
     assert swapped.swap and choose_plan(FEW, "some GPU", True) == replace(few, gate_up=swapped)
     assert choose_plan(MANY, "some GPU", True) == invariant_plan(MANY)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    searched, lines, out = [], [], tmp_path / "table.json"
+
+    class Search:
+        def __init__(self, shape: Shape, *rest: object):
+            self.shape, self.results = shape, {}
+
+        def search(self) -> tuple[Plan, float]:
+            searched.append(self.shape.tokens)
+            if len(searched) == 2:
+                raise KeyboardInterrupt
+            return default_plan(self.shape), 9.0
+
+    monkeypatch.setattr(fused_moe_tune, "Tuner", Search)
+    monkeypatch.setattr(fused_moe_tune, "GraphTimer", lambda device: None)
+    for name, value in (("current_device", 0), ("get_device_name", "some GPU"), ("empty_cache", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    other = replace(FEW, inner=64)
+    points = [(shape, 8) for shape in (FEW, replace(FEW, tokens=16), replace(FEW, tokens=64), other)]
+    with pytest.raises(KeyboardInterrupt):
+        fused_moe_tune.tune(points, out=out)
+    assert fused_moe_tune.tune(points, out=out, progress=lines.append) == out
+    assert searched == [4, 16, 16, 64, 4] and "already in table.json" in lines[0] and len(lines) == 4
+    plans = json.loads(out.read_text())["plans"]
+    assert {key: list(entries) for key, entries in plans.items()} == {FEW.key(): ["4", "16", "64"], other.key(): ["4"]}
+    assert all(Plan.from_json(plans[shape.key()][str(shape.tokens)]) == default_plan(shape) for shape, _ in points)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_candidates_fit_into_an_sm_and_try_rows_with_one_pair():
+    tried = [plan for start in starting_plans(MANY) for plan in launching_variants(start) if not plan.pairs]
+    assert {plan.lone for plan in tried} == {True, False}
+    for which, parts in (("gate_up", 2), ("down", 1)):
+        for start in (*starting_plans(FEW), *starting_plans(MANY)):
+            for plan in neighbours(start, which):
+                tiles = getattr(plan, which)
+                stage = (tiles.block_m + parts * tiles.block_n) * tiles.block_k * 2
+                assert stage * tiles.num_stages < 227 << 10
+
+
+def test_a_routing_touches_as_many_experts_as_is_to_be_expected():
+    for tokens, touched in ((1, 1), (4, 4), (16, 10)):  # of the 16 experts of 128, eight a token
+        (_, ids, _), _ = random_layer(Shape(16, 8, 8, 8, tokens), 128, torch.device("cpu"))
+        assert ids[ids < 16].unique().numel() == touched
+
+
+def test_a_plan_whose_result_is_wrong_is_not_kept(monkeypatch, capsys):
+    """The fastest plans are, by a rounding more than fp64 allows, or by a NaN; the next one is kept."""
+    cost = lambda plan: 9.0 + plan.gate_up.num_stages  # noqa: E731
+    clock = Clock(monkeypatch, cost, lambda plan: 0.0)
+    errors = {2: 5e-3, 3: float("nan")}
+    monkeypatch.setattr(Answer, "error_of", lambda answer, got: errors.get(clock.plan.gate_up.num_stages, 3e-3))
+    plan, us = tuner(FEW, clock).search()
+    assert plan.gate_up.num_stages == 4 and us == 13.0
+    assert "relative error 5.0e-03" in capsys.readouterr().out
+
+
+def test_where_nothing_runs_the_search_says_so(monkeypatch):
+    clock = Clock(monkeypatch, lambda plan: 9.0, lambda plan: 0.0)
+    monkeypatch.setattr(fused_moe_tune, "launch_fused_moe", lambda *_, **__: 1 / 0)
+    with pytest.raises(ArgumentError, match="no plan"):
+        tuner(FEW, clock).search()
+
+
+def test_a_count_takes_the_plan_of_the_next_measured_one(monkeypatch):
+    """More rows than any: the last one, if its blocks are of 128 rows, else the heuristics."""
+    few, tiles = default_plan(FEW), Tiles(64, 64, 64, 4, 4)
+    short, tall = Plan(tiles, tiles), default_plan(replace(MANY, tokens=4096))
+    shape = lambda tokens: replace(FEW, tokens=tokens)  # noqa: E731
+    table = {"4": few, "64": short}
+    monkeypatch.setattr(
+        fused_moe_config, "load_table", lambda gpu: {FEW.key(): {n: plan.to_json() for n, plan in table.items()}}
+    )
+    chosen = [choose_plan(shape(tokens), "some GPU") for tokens in (1, 4, 5, 64, 65)]
+    assert chosen == [few, few, short, short, default_plan(shape(65))]
+    table["64"] = tall
+    assert tall.gate_up.block_m == 128 and choose_plan(shape(65), "some GPU") == tall

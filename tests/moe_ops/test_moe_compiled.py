@@ -61,9 +61,7 @@ def _type_of(name: str, box: dict[str, str]) -> str:
         return "*i64"
     if name in ("weights_ptr", "factor_ptr"):
         return "*fp32"
-    if name == "counts_ptr":
-        return "*i16"
-    return "*i32" if name in ("valid_ptr", "sorted_ptr", "expert_ids_ptr", "total_ptr") else "*bf16"
+    return "*i32" if name in ("valid_ptr", "sorted_ptr", "expert_ids_ptr", "total_ptr", "counts_ptr") else "*bf16"
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, stages: int, box: dict[str, str]) -> Code:
@@ -278,7 +276,8 @@ def test_blocks_of_192_rows_fit_into_the_registers(bias):
     }
     gate_up = compiled(fused_moe_wide_kernels.gate_up_wide_kernel, constants | {"BLOCK_N": 128}, 8, 3, first)
     down = compiled(fused_moe_wide_kernels.down_wide_kernel, constants | {"BLOCK_N": 256}, 8, 3, second)
-    assert max(gate_up.stack, down.stack) <= (16 if bias else 0)  # four registers, with Triton 3.9
+    # with a bias, which no plan of the table meets in such blocks, Triton 3.9 spills four registers; 3.6 none
+    assert max(gate_up.stack, down.stack) <= (16 if bias else 0)
     for code in (gate_up, down):
         assert code.has("wgmma.mma_async") and code.has("cp.async.bulk.tensor.5d") and code.has("griddepcontrol.wait")
     assert gate_up.has("cp.async.bulk.tensor.2d.global.shared")  # the activation leaves as a box, too

@@ -1,4 +1,4 @@
-"""Where the checks of ``moe_kernel_checks`` run, and what the kernels compile to."""
+"""Where the checks of ``moe_kernel_checks``, ``moe_argument_checks`` and ``moe_gpu_checks`` run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from tests.moe_ops.interpreted import run_checks
 
 def test_kernels_in_the_interpreter():
     run_checks("moe_kernel_checks.py", interpret=True)
+
+
+def test_arguments_in_the_interpreter():
+    run_checks("moe_argument_checks.py", interpret=True)
+
+
+@pytest.mark.gpu("1 H200: the compiled kernels, bf16")
+def test_arguments_on_the_gpu():
+    run_checks("moe_argument_checks.py", interpret=False)
 
 
 @pytest.mark.gpu("1 H200: the compiled kernels, bf16")

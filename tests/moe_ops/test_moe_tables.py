@@ -10,14 +10,33 @@ from moe_ops.fused_moe_config import WIDE_ROWS, Plan, Shape, Tiles, choose_plan,
 from tests.moe_ops.launched import GPU, launches, table_plans, usage
 
 PLANS = {f"{shape.key()} T={shape.tokens}": (shape, plan) for shape, plan in table_plans()}
-# A point of each regime of the benchmark's shapes; ``python -m tests.moe_ops.launched`` compiles the whole table.
-POINTS = [
-    *(f"E128-K8-H2048-I768 T={tokens}" for tokens in (4, 256, 2048)),
-    *(f"E16-K8-H2048-I768 T={tokens}" for tokens in (128, 512, 8192)),
-    *(f"E8-K2-H4096-I14336 T={tokens}" for tokens in (16, 256, 2048)),
-    *(f"E32-K8-H7168-I2048 T={tokens}" for tokens in (16, 512, 8192)),
-    *(f"E128-K4-H2880-I2880 T={tokens}" for tokens in (4, 512, 8192)),
-]
+
+
+def _kind(plan: Plan) -> tuple[object, ...]:
+    up, down = plan.gate_up, plan.down
+    return (
+        plan.pairs > 0,
+        up.block_m == WIDE_ROWS,
+        up.swap,
+        down.swap,
+        up.flat,
+        down.flat,
+        down.special,
+        plan.rest,
+        plan.lone,
+    )
+
+
+def _accumulators(plan: Plan) -> int:
+    """Of a thread, of the fuller GEMM."""
+    up, down = plan.gate_up, plan.down
+    return max(2 * up.block_m * up.block_n // up.num_warps, down.block_m * down.block_n // down.num_warps)
+
+
+# Of each kind the plan with the most accumulators; ``python -m tests.moe_ops.launched`` compiles the whole table.
+POINTS = list(
+    {_kind(PLANS[name][1]): name for name in sorted(PLANS, key=lambda name: _accumulators(PLANS[name][1]))}.values()
+)
 SHARED = 227 * 1024  # bytes that a program can ask for
 TOKENS = sorted({1, 2, 3, 5, 33, 1000, 4097, 20000} | {near for n in range(14) for near in (2**n, 2**n + 1)})
 
@@ -78,3 +97,19 @@ def test_batch_invariant_plans_of_the_table_multiply_by_wgmma_alone(point):
         ptx = launch.compiled().asm["ptx"]
         if launch.kernel.startswith(("gate_up", "down")):
             assert "wgmma.mma_async" in ptx and "mma.sync.aligned.m" not in ptx
+
+
+@pytest.mark.parametrize("point", PLANS)
+def test_what_a_plan_asks_for_reaches_its_kernels(point):
+    shape, plan = PLANS[point]
+    for launch in launches(shape, plan):
+        if not launch.kernel.startswith(("gate_up", "down")):
+            continue
+        given = {launch.source.fn.arg_names[at[0]]: value for at, value in launch.source.constants.items()}
+        tiles = plan.gate_up if launch.kernel.startswith("gate_up") else plan.down
+        wanted = {"PDL": plan.pdl, "SWAP": tiles.swap, "TMA": plan.tma, "GROUP": plan.group, "PREFETCH": plan.prefetch}
+        if "rest" not in launch.kernel:
+            wanted |= {"FLAT": tiles.flat, "SPECIAL": tiles.special, "WHOLE": plan.rest > 0, "BLOCK_N": tiles.block_n}
+        known = wanted.keys() & given.keys()
+        assert {"PDL", "GROUP" if not plan.pairs else "SWAP"} <= known
+        assert {name: given[name] for name in known} == {name: wanted[name] for name in known}, launch.kernel
