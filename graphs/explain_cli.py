@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_ops.errors import ArgumentError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -57,14 +59,16 @@ def explain(
     from . import cli, launch
 
     Options(frozenset(without or ()), rounding)  # names that do not exist: an error before any rank starts
+    if svg is not None and not svg.parent.is_dir():
+        raise ArgumentError(f"--svg {svg}: {svg.parent} is no folder; make it first.")
     device, ranks = cli.choose_device(device, ranks, None)
     dtype = cli.choose_dtype(dtype, device)
     with launch.stdout_kept_clean() as stdout, _folder(model, dtype) as folder:
         job = ExplainJob(folder, batch, device, dtype, transport, rounding, tuple(without or ()))
         found = launch.run_ranks(explain_rank, job, ranks=ranks, device=device, on_event=lambda event: None)[0]
+        os.write(stdout, ((found.to_json() if as_json else str(found)) + "\n").encode())
         if svg is not None:
             svg.write_text(found.to_svg())
-        os.write(stdout, ((found.to_json() if as_json else str(found)) + "\n").encode())
 
 
 def explain_rank(rank: int, world_size: int, job: ExplainJob, emit: Emit) -> Explanation | None:

@@ -99,7 +99,12 @@ def resolve_folder(path: str | Path) -> Path:
         raise CheckpointError(f"{path} is not a folder; pass the folder that holds config.json and the weights.")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # what huggingface_hub raises: no such name, no network
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} is no folder, and the Hub does not give it: {reason}") from error
 
 
 def build_on_meta(cls: type, config: Any) -> Model:

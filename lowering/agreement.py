@@ -22,6 +22,7 @@ The capacity T of a rank may differ, so it is not part of it.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -144,36 +145,65 @@ def agree(anchor: Tensor, text: str, group_name: str) -> None:
     """Return once every rank of the group has come with the same ``text``; at once if they did before.
 
     Host only, so it is a no-op in a replayed graph. Raises ``AgreementError`` with both texts if they differ, or if
-    a rank does not come within the workspace's ``timeout_s``.
+    a rank does not come within the workspace's ``timeout_s``. Ranks may try again after either.
     """
     workspace = resolve(group_name, "agree")
     if workspace.group is None or workspace.world_size == 1 or text in _agreed.setdefault(workspace, set()):
         return
-    store = transports.group_store(workspace.group)
-    meeting = store.add(f"moe_ep/agree/{group_name}/meetings/{workspace.rank}", 1)
-    key = f"moe_ep/agree/{group_name}/{meeting}"
-    store.set(f"{key}/{workspace.rank}", text)
-    for peer in range(workspace.world_size):
-        _compare(store, f"{key}/{peer}", text, (workspace.rank, peer), workspace.config.timeout_s)
+    store, timeout_s = transports.group_store(workspace.group), workspace.config.timeout_s
+    meetings, ends = f"moe_ep/agree/{group_name}", time.monotonic() + timeout_s
+    while True:
+        number = store.add(f"{meetings}/of_rank/{workspace.rank}", 1)
+        meeting = _Meeting(store, f"{meetings}/{number}", workspace.rank, workspace.world_size)
+        if meeting.took_place(text, ends - time.monotonic()):
+            break
+        if time.monotonic() >= ends:
+            raise AgreementError(
+                f"agree: rank {meeting.absent()} did not come to compare graphs within {timeout_s:g} s: it runs another "
+                f"graph, or none. Rank {workspace.rank} is about to run: {text}. "
+                "Compile and call the same graphs in the same order on every rank."
+            )
+    for peer, theirs in enumerate(meeting.texts()):
+        if theirs != text:
+            raise AgreementError(
+                f"agree: ranks compiled different communication. Rank {workspace.rank}: {text}. Rank {peer}: {theirs}. "
+                "Give all ranks the same model, max_tokens and passes."
+            )
     _agreed[workspace].add(text)
 
 
-def _compare(store: dist.Store, key: str, text: str, ranks: tuple[int, int], timeout_s: float) -> None:
-    mine, peer = ranks
-    try:
-        store.wait([key], timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        raise AgreementError(
-            f"agree: rank {peer} did not come to compare graphs within {timeout_s:g} s: it runs another graph, or "
-            f"none. Rank {mine} is about to run: {text}. "
-            "Compile and call the same graphs in the same order on every rank."
-        ) from error
-    theirs = store.get(key).decode()
-    if theirs != text:
-        raise AgreementError(
-            f"agree: ranks compiled different communication. Rank {mine}: {text}. Rank {peer}: {theirs}. "
-            "Give all ranks the same model, max_tokens and passes."
-        )
+@dataclass(frozen=True)
+class _Meeting:
+    """One attempt of all ranks to compare: it took place, or was called off, for all of them alike.
+
+    Every rank has the same numbers for them, whether or not it came in time: who comes to one that was called off goes
+    on to the next.
+    """
+
+    store: dist.Store
+    key: str
+    rank: int
+    world_size: int
+
+    def took_place(self, text: str, timeout_s: float) -> bool:
+        """Bring ``text``; wait for the last rank, or call the meeting off after ``timeout_s``."""
+        self.store.set(f"{self.key}/text/{self.rank}", text)
+        outcome = f"{self.key}/outcome"
+        if self.store.add(f"{self.key}/came", 1) == self.world_size:
+            self.store.compare_set(outcome, "", "met")
+        try:
+            self.store.wait([outcome], timedelta(seconds=max(timeout_s, 0.001)))
+        except RuntimeError:
+            self.store.compare_set(outcome, "", "off")  # no effect if the last rank came just now
+        return self.store.get(outcome) == b"met"
+
+    def texts(self) -> list[str]:
+        """What each rank brought, in rank order."""
+        return [self.store.get(f"{self.key}/text/{peer}").decode() for peer in range(self.world_size)]
+
+    def absent(self) -> int:
+        """The first rank that did not come."""
+        return next((p for p in range(self.world_size) if not self.store.check([f"{self.key}/text/{p}"])), self.rank)
 
 
 def _agree_fake(anchor: Tensor, text: str, group_name: str) -> None:

@@ -38,6 +38,7 @@ from typing import Any, Protocol
 
 from torch.fx import Graph
 
+import moe_ops
 from moe_ops.workspace import placements_in_use, transports_in_use
 
 from . import torch_compat
@@ -125,13 +126,13 @@ class Lowering(torch_compat.graph_pass_base()):
             compile_ahead(graph)
 
     def uuid(self) -> Any | None:
-        """Identity for the caches: our sources, options, transports, the user's passes. None: nothing may be cached."""
+        """Identity for the caches: sources, options, transports, the user's passes. None: nothing may be cached."""
         user = [torch_compat.pass_uuid(user_pass) for user_pass in self.user_passes]
         if any(uuid is None for uuid in user):
             return None
         return (
             "moe_ep.lowering",
-            torch_compat.hash_of_sources(Path(__file__).parent),
+            torch_compat.hash_of_sources(Path(__file__).parent, Path(moe_ops.__file__).parent),  # passes ask both
             sorted(self.options.without),
             self.options.rounding,
             self.options.inexact,

@@ -201,10 +201,10 @@ def pass_uuid(user_pass: Any) -> Any | None:
     return user_pass.uuid() if isinstance(user_pass, graph_pass_base()) else None
 
 
-def hash_of_sources(folder: Path) -> str:
-    """A hash of every Python file of a package: any edit gives new cache entries."""
+def hash_of_sources(*folders: Path) -> str:
+    """A hash of every Python file of these packages: any edit gives new cache entries."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
