@@ -159,8 +159,8 @@ def agree(anchor: Tensor, text: str, group_name: str) -> None:
             break
         if time.monotonic() >= ends:
             raise AgreementError(
-                f"agree: rank {meeting.absent()} did not come to compare graphs within {timeout_s:g} s: it runs another "
-                f"graph, or none. Rank {workspace.rank} is about to run: {text}. "
+                f"agree: rank {meeting.absent()} did not come to compare graphs within {timeout_s:g} s: it runs "
+                f"another graph, or none. Rank {workspace.rank} is about to run: {text}. "
                 "Compile and call the same graphs in the same order on every rank."
             )
     for peer, theirs in enumerate(meeting.texts()):
