@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from .torch_schedule import Launch
+from .schedule import Launch
 
 _CALL = re.compile(r"(?:\w+ = )?torch\.ops\.moe_ep\.(?P<op>\w+)\.\w+\(")
 _OURS = "moe_ep."

@@ -18,6 +18,7 @@ from .errors import LoweringError
 from .passes import enabled_options
 from .picture import draw
 from .report import RECENT, GraphReport, layers_are_viewed
+from .schedule import scheduled_launches
 
 
 @dataclass
@@ -60,8 +61,6 @@ def explain(model: Callable, *args: Any, mode: str | None = None, **kwargs: Any)
     The model runs for real, so every rank must call this. Compiled functions are forgotten before and after, and
     caches are not used. ``mode``: as in ``torch.compile``; "reduce-overhead" by default where there is CUDA.
     """
-    from .torch_schedule import scheduled_launches  # loads Inductor
-
     mode = mode or ("reduce-overhead" if torch.cuda.is_available() else "default")
     torch_compat.reset_compiler()
     RECENT.clear()

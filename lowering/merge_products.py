@@ -41,6 +41,7 @@ from moe_ops.shapes import HALF_DTYPES
 from moe_ops.thin_linear import MAX_WEIGHTS, best_split, takes
 
 from . import torch_compat
+from .effects import read
 from .hoist_metadata import value_key
 from .report import Outcome
 from .unroll_topk import topk_columns
@@ -79,7 +80,7 @@ def replace_together(products: list[Product]) -> str:
         if split > 1:
             options = {"out_dtype": torch.float32, "split": split}
         joined = torch_compat.insert_call(graph, op, first.x, weights, **options)
-        results = [torch_compat.insert_read(joined, index) for index in range(len(products))]
+        results = [read(joined, index) for index in range(len(products))]
         if split > 1:
             results = [_add_pieces(graph, pieces, first.dtype) for pieces in results]
     for product, result in zip(products, results, strict=True):

@@ -29,6 +29,7 @@ The passes of ``INEXACT`` may change bits (another order of a sum, another order
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ class Lowering(torch_compat.graph_pass_base()):
             return None
         return (
             "moe_ep.lowering",
-            torch_compat.hash_of_sources(Path(__file__).parent, Path(moe_ops.__file__).parent),  # passes ask both
+            _hash_of_sources(Path(__file__).parent, Path(moe_ops.__file__).parent),  # passes ask both
             sorted(self.options.without),
             self.options.rounding,
             self.options.inexact,
@@ -212,3 +213,11 @@ def allow_inexact() -> Iterator[None]:
 
 def _count_ops(graph: Graph) -> dict[str, int]:
     return dict(Counter(name for name, _ in moe_nodes(graph)))
+
+
+def _hash_of_sources(*folders: Path) -> str:
+    """A hash of every Python file of these packages: any edit gives new cache entries."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

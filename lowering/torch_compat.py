@@ -1,17 +1,14 @@
-"""All private torch API that ``lowering`` uses: the one place a torch release can break.
+"""All private torch API that ``lowering`` uses: the one place a torch release can break, hence longer than others.
 
 Checked with torch 2.11 (CUDA) and 2.13 (CPU). What differs between them is said at its function.
 """
 
 from __future__ import annotations
 
-import hashlib
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -115,13 +112,6 @@ def lower_as(op: OpOverload, build: Callable[..., Any]) -> None:
         register_lowering(op, type_promotion_kind=None)(lambda *args: build(call, *args))
 
 
-def insert_read(node: Node, index: int) -> Node:
-    """One result of a call that returns several, at the graph's insertion point."""
-    read = node.graph.call_function(operator.getitem, (node, index))
-    read.meta["val"] = node.meta["val"][index]
-    return read
-
-
 def sort_graph(graph: Graph) -> None:
     """Order nodes so that each comes after its inputs, otherwise as they were."""
     from torch._inductor.pattern_matcher import stable_topological_sort
@@ -199,14 +189,6 @@ def run_user_pass(user_pass: Any, graph: Graph) -> None:
 def pass_uuid(user_pass: Any) -> Any | None:
     """The user's pass's own id, or None if it has none: then nothing may be cached."""
     return user_pass.uuid() if isinstance(user_pass, graph_pass_base()) else None
-
-
-def hash_of_sources(*folders: Path) -> str:
-    """A hash of every Python file of these packages: any edit gives new cache entries."""
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 # ---- what the compiler did ----
@@ -288,3 +270,107 @@ def _recorded_cuda_graphs() -> int:
 def _count_nodes(node: Any) -> int:
     children = [child for nodes in node.children.values() for child in nodes]
     return 1 + sum(map(_count_nodes, children))
+
+
+# ---- what Inductor scheduled ----
+
+
+class Buffer(NamedTuple):
+    """What a loop or a call writes."""
+
+    name: str
+    owner: str | None  # the buffer that it is a part of, a result of, or another name for
+    users: frozenset[str]  # loops and calls, by name
+
+
+class Scheduled(NamedTuple):
+    """A loop of a kernel that Inductor writes, a call of an op, or a mere name for a result or a part of a buffer."""
+
+    kind: Literal["loop", "call", "name", "nothing"]
+    name: str
+    called: str  # such as "moe_ep.moe_layer" or "extern_kernels.mm"; "" for what is no call
+    origins: tuple[str, ...]  # the ops that it came from
+    outputs: tuple[Buffer, ...]
+    reads: frozenset[str]  # buffers; graph inputs are left out
+    on_cpu: bool
+    run: Callable[[Callable], object] | None = None  # a loop's body, see ``_run_body``; None for a template's, a text
+
+
+@contextmanager
+def schedules_seen_by(look: Callable[[list[list[Scheduled]]], object]) -> Iterator[None]:
+    """``look`` gets the schedule of every graph that is compiled meanwhile: kernels and calls, in order."""
+    from torch._inductor import config
+
+    users_pass = config._post_fusion_custom_pass
+
+    def show(nodes: list[Any]) -> list[Any]:
+        nodes = nodes if users_pass is None else users_pass(nodes)
+        look([[_scheduled(m) for m in (getattr(node, "snodes", None) or node.get_nodes())] for node in nodes])
+        return nodes
+
+    with config.patch(_post_fusion_custom_pass=show):
+        yield
+
+
+def _scheduled(node: Any) -> Scheduled:
+    from torch._inductor.scheduler import ExternKernelSchedulerNode, SchedulerNode
+    from torch._inductor.virtualized import V
+
+    device, ir_node = node.get_device(), node.node
+    outputs = tuple(_buffer(buffer) for buffer in node.get_outputs())
+    kind, called, run, reads = "nothing", "", None, set()
+    if isinstance(node, SchedulerNode):
+        kind, reads = "loop", node.used_buffer_names()
+        run = None if node.is_template() else partial(_run_body, node._body)
+    elif isinstance(node, ExternKernelSchedulerNode):
+        kind, called = ("call", _called(ir_node)) if _runs(ir_node) else ("name", "")
+        reads = {dependency.name for dependency in ir_node.get_read_writes().reads}
+    origins = [str(o.target) for o in (ir_node.get_origins() if ir_node else ()) if o.op == "call_function"]
+    known = frozenset(name for name in reads if name in V.graph.name_to_buffer)
+    on_cpu = device is not None and device.type == "cpu"
+    return Scheduled(kind, node.get_name(), called, tuple(origins), outputs, known, on_cpu, run)
+
+
+def _buffer(buffer: Any) -> Buffer:
+    users = frozenset(user.get_name() for user in buffer.users)
+    return Buffer(buffer.get_name(), _owner(buffer.node), users)
+
+
+def _owner(buffer: Any) -> str | None:
+    from torch._inductor import ir
+
+    if isinstance(buffer, ir.MultiOutput):
+        return buffer.inputs[0].get_name()
+    layout = getattr(buffer, "layout", None)
+    if isinstance(layout, ir.NonOwningLayout):
+        return layout.view.get_name()
+    if isinstance(layout, ir.MutationLayoutSHOULDREMOVE):
+        return layout.get_buffer().get_name()
+    aliases = [*buffer.get_inputs_that_alias_output(), *buffer.get_mutation_names()]
+    return aliases[0] if aliases else None
+
+
+def _runs(kernel: Any) -> bool:
+    """Whether it is a call, not a name for a result, and of an op that does more than look at its input as a view."""
+    from torch._inductor import ir
+
+    return not isinstance(kernel, ir.MultiOutput | ir.MutationOutput) and not kernel.get_inputs_that_alias_output()
+
+
+def _called(kernel: Any) -> str:
+    overload = getattr(kernel, "op_overload", None)
+    called = str(getattr(overload, "name", lambda: "")()).replace("::", ".").split(".out")[0]
+    return ".".join(called.split(".")[:2]) or getattr(kernel, "python_kernel_name", None) or type(kernel).__name__
+
+
+def _run_body(body: Any, do: Callable[[str, tuple, dict[str, Any]], Any]) -> None:
+    """Run a loop's body with ``do(step, arguments, keywords)`` in the place of every step of it."""
+    from torch._inductor.ops_handler import DefaultHandler
+    from torch._inductor.virtualized import V
+
+    class Handler(DefaultHandler):
+        def _default(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return do(name, args, kwargs)
+
+    with V.set_ops_handler(Handler()):
+        body(body.iter_vars, body.reduce_vars, allow_same_symbol_in_index=True)

@@ -45,7 +45,7 @@ from moe_ops.registration import register_op
 
 from . import torch_compat
 from .columns import Columns
-from .effects import bind
+from .effects import bind, read
 from .report import Outcome
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -82,7 +82,7 @@ class RouterTopk:
         write = partial(torch_compat.insert_call, graph)
         with graph.inserting_before(self.node):
             columns = write(topk_columns, self.scores, self.k)
-            results = [torch_compat.insert_read(columns, number) for number in range(2 * self.k)]
+            results = [read(columns, number) for number in range(2 * self.k)]
         values, ids = results[: self.k], results[self.k :]
         reads = list(self.node.users)
         assert all(read.target is operator.getitem for read in reads)

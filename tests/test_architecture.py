@@ -13,9 +13,7 @@ LAYERS = ("moe_ops", "lowering", "graphs")  # each imports only from itself and 
 MAX_LINES = 400
 
 # Private torch API has one place to land in each layer when a torch version changes it.
-TORCH_ADAPTERS = {
-    "lowering/torch_compat.py", "lowering/torch_schedule.py", "moe_ops/registration.py", "moe_ops/transports.py"
-}  # fmt: skip
+TORCH_ADAPTERS = {"lowering/torch_compat.py", "moe_ops/registration.py", "moe_ops/transports.py"}
 INLINE_ASM_FILES = {"moe_ops/ptx.py", "moe_ops/barrier.py"}
 TRANSFORMERS_ADAPTERS = {"graphs/hf_compat.py", "graphs/hf_ep.py", "graphs/hf_slots.py"}
 

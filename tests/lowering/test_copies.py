@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import sympy
 import torch
 from torch import Tensor
-from torch._inductor.virtualized import V
 
 import lowering
-from lowering import torch_schedule
+from lowering import schedule
 from lowering.copies import Copy, copies_among, ops_in_code
-from lowering.torch_schedule import Launch, Store
+from lowering.schedule import Launch, Store
+from lowering.torch_compat import Buffer, Scheduled
 from tests.lowering.layers import H, T, batch, ops
 
 COUNT = torch.tensor([5], dtype=torch.int32)
@@ -132,26 +129,21 @@ def test_a_copy_between_two_ops_names_both():
     assert {(copy.op, copy.buffer) for copy in found} == {("thin_linear", "buf1"), ("moe_layer", "buf2")}
 
 
-def loop_of(written: str, read: str | None) -> Any:
+def loop_of(written: str, read: str | None) -> Scheduled:
     """A scheduled loop that casts ``read``, or one that a template computes."""
 
-    def body(*variables: object, **options: object) -> None:
-        V.ops.store(written, sympy.S.Zero, V.ops.to_dtype(V.ops.load(str(read), sympy.S.Zero), torch.bfloat16))
+    def body(do: Callable) -> None:
+        do("store", (written, 0, do("to_dtype", (do("load", (read, 0), {}), torch.bfloat16), {})), {})
 
-    body.iter_vars = body.reduce_vars = []
-    buffer = SimpleNamespace(get_name=lambda: written, users=[SimpleNamespace(get_name=lambda: "OUTPUT")])
-    return SimpleNamespace(
-        _body=body, is_template=lambda: read is None, get_outputs=lambda: [buffer], get_name=lambda: f"op of {written}",
-        used_buffer_names=lambda: {written, read} - {None}, node=None,
-    )  # fmt: skip
+    outputs = (Buffer(written, None, frozenset(["OUTPUT"])),)
+    reads = frozenset([read] if read else [])
+    return Scheduled("loop", f"op of {written}", "", (), outputs, reads, False, body if read else None)
 
 
 def test_what_ends_a_product_in_its_own_kernel_is_none():
     """Inductor's templates of products: a cast behind one is stored by it."""
-    graph: Any = SimpleNamespace(name_to_buffer={"buf0": None, "buf1": None})
-    with V.set_graph_handler(graph):
-        alone = torch_schedule._generated([[loop_of("buf1", "buf0")]], {})
-        behind = torch_schedule._generated([[loop_of("buf0", None), loop_of("buf1", "buf0")]], {})
+    alone = schedule._generated([[loop_of("buf1", "buf0")]], {})
+    behind = schedule._generated([[loop_of("buf0", None), loop_of("buf1", "buf0")]], {})
     assert [store.moved_from for store in alone.stores] == [{"buf0"}]
     assert [store.moved_from for store in behind.stores] == [frozenset()] * 2
 
