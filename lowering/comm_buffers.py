@@ -10,11 +10,11 @@ After::
     x = with_effects(token, moe_ep.fused_moe_combine, hidden, ids, weights, gate_up, down, local_tokens, metadata,
                      start, T, [], group)[1]                                # sums the pairs straight into the slot
 
-The intermediate (M, H) is gone: not written, not read, not allocated. Legal because nobody else reads ``y``, both use
-the same ``metadata``, and between the experts and the combine no other ordered op stands, so the slot that the
-combine would have filled is free when the experts end. Which of the two slots it is depends on the epoch, which lives
-on the device; that is why the combine kernel does the last step of the experts, and not the experts the first of the
-combine (docs/lowering.md compares this with Inductor's own communication buffers).
+The intermediate (M, H) is gone: not written, not read, not allocated. Legal because nobody else reads ``y``, not even
+an ordered op in between, so that the experts may as well run where the combine stands, when its slot is free; and both
+use the same ``metadata``. Which of the two slots it is depends on the epoch, which lives on the device; that is why the
+combine kernel does the last step of the experts, and not the experts the first of the combine (docs/lowering.md
+compares this with Inductor's own communication buffers).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .effects import NO_KERNEL, EffectOp, bind, effect_ops, insert_effect, is_moe_op, is_one_kernel, reaches, read
+from .effects import NO_KERNEL, EffectOp, bind, effect_ops, insert_effect, is_moe_op, is_one_kernel, read
 from .report import Outcome
 
 EXPERT_TENSORS = ("hidden", "topk_ids", "topk_weights", "gate_up", "down")
@@ -108,8 +108,6 @@ def _refuse(combine: EffectOp, experts: Any) -> str | None:
         return f"{experts.name} returns {experts.meta['val'].dtype}, the slot holds {hidden.dtype}"
     if not _counts_of(arguments["valid_tokens"], combine.arguments["metadata"]):
         return f"{experts.name} counts its rows with another tensor than the combine's metadata"
-    if reaches(combine.token, lambda node: node is experts):
-        return f"an ordered op between {experts.name} and the combine depends on it"
     return None
 
 

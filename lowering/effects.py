@@ -157,5 +157,16 @@ def reaches(start: Node, goal: Callable[[Node], bool], limit: int = 100_000) -> 
     return False
 
 
+def erase_unused(node: Node, stop: Node | None = None) -> None:
+    """Remove ``node`` and what it alone needed, down to ``stop``; ordered ops and inputs stay."""
+    waiting = {node: None}  # each once, however many of the removed read it
+    while waiting:
+        node, _ = waiting.popitem()
+        if node.users or node is stop or node.op != "call_function" or torch_compat.is_effect(node):
+            continue
+        waiting |= dict.fromkeys(node.all_input_nodes)
+        node.graph.erase_node(node)
+
+
 def _reads(node: Node, index: int) -> list[Node]:
     return [user for user in node.users if user.target is operator.getitem and user.args[1] == index]

@@ -35,7 +35,7 @@ from torch.fx import Graph, Node
 
 from . import torch_compat
 from .effects import NO_KERNEL, EffectOp, effect_ops, insert_effect, is_moe_op, is_one_kernel, reaches, read
-from .overlap_shared import VIEWS, strip_views
+from .overlap_shared import VIEWS, readers, strip_views
 from .report import Outcome
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -143,8 +143,8 @@ def match_epilogue(combine: EffectOp, rounding: str, outcome: Outcome) -> Combin
         if reason:
             outcome.refuse(step, reason)
         break
-    if not match.steps and len(readers := readers_of(match.result)) > 1:
-        outcome.refuse(combine.node, f"its result has {len(readers)} readers")
+    if not match.steps and len(reading := readers(match.result)) > 1:
+        outcome.refuse(combine.node, f"its result has {len(reading)} readers")
     return match
 
 
@@ -181,7 +181,7 @@ def _refuse_addend(match: CombineEpilogue, addend: Node, last: Node, rounding: s
         return f"{addend.name} depends on a later ordered op"
     source = strip_views(addend)
     if rounding == "eager":
-        lone = _is_pointwise(source) and len(readers_of(source)) == 1
+        lone = _is_pointwise(source) and len(readers(source)) == 1
         return f"{source.name} is pointwise with no other reader: it would cost a launch" if lone else None
     if _is_pointwise(source):
         return f"{source.name} is pointwise: {KEPT}"
@@ -192,7 +192,7 @@ def _refuse_addend(match: CombineEpilogue, addend: Node, last: Node, rounding: s
 
 def _result_is_kept_exact(last: Node) -> str | None:
     """Why the joined result would be rounded where Inductor does not round it, or None."""
-    for user in readers_of(last):
+    for user in readers(last):
         if user.op != "output" and _is_pointwise(user):
             return (
                 f"{user.name} reads it: Inductor keeps it in fp32, a buffer would round it (rounding='eager' joins it)"
@@ -208,11 +208,6 @@ def _is_pointwise(node: Node) -> bool:
         source = node.args[0]
         return isinstance(source, Node) and not torch_compat.is_effect(source)
     return True
-
-
-def readers_of(node: Node) -> list[Node]:
-    """Users of ``node`` and of its views, which themselves do not count."""
-    return [reader for user in node.users for reader in (readers_of(user) if user.target in VIEWS else [user])]
 
 
 def as_shape(node: Node, shape: torch.Size) -> Node:

@@ -36,8 +36,9 @@ from torch.fx import Graph, Node
 from moe_ops.combine_add import MAX_NORM_WIDTH
 
 from . import torch_compat
-from .effects import EffectOp, effect_ops, read
-from .fuse_combine import CombineEpilogue, as_shape, match_epilogue, readers_of, rounds_every_step
+from .effects import EffectOp, effect_ops, erase_unused, read
+from .fuse_combine import CombineEpilogue, as_shape, match_epilogue, rounds_every_step
+from .overlap_shared import readers
 from .report import Outcome
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -83,7 +84,7 @@ class CombineAndNorm:
             rows, normed = (torch_compat.insert_call(graph, aten.select.int, both, 0, index) for index in range(2))
             rows, normed = as_shape(rows, shape), as_shape(normed, out.meta["val"].shape)
         out.replace_all_uses_with(normed)
-        _erase_unused(out, last)
+        erase_unused(out, last)
         last.replace_all_uses_with(rows)
         names = ", ".join(step.name for step in (*epilogue.joined(), out))
         done = f"{joined.name}: {epilogue.combine.node.name} joined by {names}"
@@ -130,7 +131,7 @@ def _match(combine: EffectOp, outcome: Outcome) -> CombineAndNorm | None:
 def find_norm(x: Node) -> RmsNorm | None:
     """The RMSNorm that reads ``x``, as Hugging Face's models write it, computed in fp32."""
     width = x.meta["val"].shape[-1]
-    for wide in readers_of(x):
+    for wide in readers(x):
         if wide.target is not prims.convert_element_type.default or wide.args[1] != torch.float32:
             continue
         if wide.meta["val"].shape[-1] != width:
@@ -201,13 +202,3 @@ def _only(node: Node | None, target: Any) -> Node | None:
     """The only user of ``node`` if it calls ``target``."""
     users = list(node.users) if node is not None else []
     return users[0] if len(users) == 1 and users[0].target is target else None
-
-
-def _erase_unused(node: Node, stop: Node) -> None:
-    """Remove ``node`` and what it alone needed, down to ``stop``."""
-    if node.users or node is stop or node.op != "call_function" or torch_compat.is_effect(node):
-        return
-    parents = node.all_input_nodes
-    node.graph.erase_node(node)
-    for parent in parents:
-        _erase_unused(parent, stop)

@@ -29,7 +29,7 @@ import torch
 from torch.fx import Graph, Node
 
 from . import torch_compat
-from .effects import bind, is_moe_op
+from .effects import bind, erase_unused, is_moe_op
 from .hoist_metadata import value_key
 from .report import Outcome
 from .rotation_patterns import Turned, base_of, match_turned
@@ -82,7 +82,7 @@ class NewToken:
         done = f"{joined.name}: {self.attention.name}, {self.keys.state.name}, {self.values.state.name}"
         for end in (self.keys.end, self.values.end):
             graph.erase_node(end)
-        _erase_unused(self.attention)
+        erase_unused(self.attention)
         return done
 
 
@@ -153,13 +153,3 @@ def _counts_rows(row: Any, batch: int) -> bool:
         return False
     iota = base_of(row)
     return iota.target is prims.iota.default and (iota.kwargs["start"], iota.kwargs["step"]) == (0, 1)
-
-
-def _erase_unused(node: Node) -> None:
-    """Erase ``node`` and what only it read."""
-    if node.users or node.op != "call_function":
-        return
-    inputs = node.all_input_nodes
-    node.graph.erase_node(node)
-    for parent in inputs:
-        _erase_unused(parent)

@@ -33,7 +33,7 @@ import torch
 from torch.fx import Graph, Node
 
 from . import torch_compat
-from .effects import EffectOp, effect_ops, insert_effect, reaches, read
+from .effects import EffectOp, effect_ops, erase_unused, insert_effect, reaches, read
 from .report import Outcome
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -93,7 +93,7 @@ class SharedExpertMatch:
         self.result.replace_all_uses_with(result)
         done = f"{joined.name}: {self.result.name} of {', '.join(w.name for w in weights)} runs beside the layer"
         layer.erase({})
-        _erase_unused(self.result)
+        erase_unused(self.result)
         torch_compat.sort_graph(graph)
         return done + ("" if self.product is not None else ", its last product stays behind (addmm)")
 
@@ -165,8 +165,6 @@ def _match(layer: EffectOp, activation: Activation) -> SharedExpertMatch | str:
     for shared in activation.products:
         if len(readers(shared)) > 1:
             return f"{shared.name} has {len(readers(shared))} readers"
-    if activation.mul.meta["val"].dtype != layer.arguments["hidden"].meta["val"].dtype:
-        return "its dtype is not the layer's"
     position = next((n for n, addend in enumerate(layer.arguments["addends"]) if addend is product), -1)
     if position >= 0 and len(product.users) > 1:
         return f"{product.name} is added to the combine's result and has other readers"
@@ -251,13 +249,3 @@ def _view(graph: Graph, node: Node, like: Any) -> Node:
     view = graph.call_function(aten.view.default, (node, list(like.shape)))
     view.meta["val"] = like
     return view
-
-
-def _erase_unused(node: Node) -> None:
-    """Remove ``node`` and what it alone needed, ordered ops and inputs excepted."""
-    if node.users or node.op != "call_function" or torch_compat.is_effect(node):
-        return
-    parents = node.all_input_nodes
-    node.graph.erase_node(node)
-    for parent in parents:
-        _erase_unused(parent)
