@@ -62,6 +62,8 @@ def explain(
     if svg is not None and not svg.parent.is_dir():
         raise ArgumentError(f"--svg {svg}: {svg.parent} is no folder; make it first.")
     device, ranks = cli.choose_device(device, ranks, None)
+    if svg is not None and ranks == 1:
+        raise ArgumentError("--svg: one rank alone exchanges nothing, so there is no layer to draw; pass --ranks 2.")
     dtype = cli.choose_dtype(dtype, device)
     with launch.stdout_kept_clean() as stdout, _folder(model, dtype) as folder:
         job = ExplainJob(folder, batch, device, dtype, transport, rounding, tuple(without or ()))

@@ -48,7 +48,9 @@ class Explanation:
         """A picture of one layer before and after the passes; raises ``LoweringError`` where no graph has a layer."""
         graph = next((graph for graph in self.graphs if graph.before and graph.after), None)
         if graph is None or graph.before is None or graph.after is None:
-            raise LoweringError("explain: no graph holds a layer of moe_ep ops; pass a model whose experts use them.")
+            raise LoweringError(
+                "explain: no graph holds a layer of moe_ep ops; pass a model whose experts use them, on several ranks."
+            )
         return draw(graph.before, graph.after)
 
     def __str__(self) -> str:
@@ -59,8 +61,14 @@ def explain(model: Callable, *args: Any, mode: str | None = None, **kwargs: Any)
     """Compile ``model`` (or what is behind a compiled one) for these arguments, run it once, and report.
 
     The model runs for real, so every rank must call this. Compiled functions are forgotten before and after, and
-    caches are not used. ``mode``: as in ``torch.compile``; "reduce-overhead" by default where there is CUDA.
+    caches are not used. ``mode``: as in ``torch.compile``; "reduce-overhead" by default where there is CUDA. Raises
+    ``LoweringError`` where Inductor is to write C++ (``cpp_wrapper``).
     """
+    if not torch_compat.writes_python():
+        raise LoweringError(
+            "explain: torch._inductor.config.cpp_wrapper is True, and calls of ops in C++ are not what explain reads; "
+            "set it to False for this call: the passes do the same either way."
+        )
     mode = mode or ("reduce-overhead" if torch.cuda.is_available() else "default")
     torch_compat.reset_compiler()
     RECENT.clear()

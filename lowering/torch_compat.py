@@ -227,6 +227,13 @@ def without_caches() -> Iterator[None]:
         yield
 
 
+def writes_python() -> bool:
+    """Whether Inductor writes its calls of ops in Python, not in C++."""
+    from torch._inductor import config
+
+    return not config.cpp_wrapper
+
+
 def output_code(function: Callable, *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
     """``(result, sources)`` of a call, with the code that Inductor generated for it."""
     from torch._inductor.utils import run_and_get_code

@@ -1,10 +1,16 @@
 """explain: what was done, refused, copied."""
 
 import json
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor import config, scheduler
+from torch.fx import Graph
 
 import lowering
 from tests.lowering.layers import batch, routed, weights
@@ -89,3 +95,45 @@ def test_graph_breaks_are_counted():
 
     explanation = lowering.explain(broken, batch(), weights(), COUNT)
     assert explanation.compiled_graphs == 2 and sum(explanation.graph_breaks.values()) == 1
+
+
+def one_layer(x: Tensor, w: dict[str, Tensor], count: Tensor) -> Tensor:
+    return x + routed(x, w, count)
+
+
+def test_partitions_and_skipped_cuda_graphs_are_counted():
+    """Inductor cuts graphs only for CUDA graphs, so here a pass counts in its place; twice, as counters go on."""
+
+    def cut(graph: Graph) -> None:
+        counters["inductor"]["cudagraph_partitions"] += 3
+
+    assert '["cudagraph_partitions"] +=' in Path(scheduler.__file__).read_text()
+    config.post_grad_custom_pre_pass = cut
+    lowering.enable()
+    for _ in range(2):
+        explanation = lowering.explain(one_layer, batch(), weights(), COUNT, mode="reduce-overhead")
+        assert (explanation.partitions, explanation.cudagraph_skips) == (3, 1)
+
+
+def test_without_lowering_it_says_so():
+    lowering.disable()
+    explanation = lowering.explain(one_layer, batch(), weights(), COUNT)
+    assert not explanation.active and str(explanation).startswith("lowering: OFF (call lowering.enable())")
+    assert explanation.ops == {"metadata_update": 1, "agv_dispatch": 1, "fused_moe": 1, "rsv_combine": 1}
+
+
+def test_the_users_pass_over_the_schedule_keeps_running():
+    seen: list[int] = []
+
+    def count(nodes: list[Any]) -> list[Any]:
+        seen.append(len(nodes))
+        return nodes
+
+    with config.patch(_post_fusion_custom_pass=count):
+        lowering.explain(one_layer, batch(), weights(), COUNT)
+        assert len(seen) == 1 and config._post_fusion_custom_pass is count
+
+
+def test_code_in_cpp_is_refused_before_it_is_written():
+    with config.patch(cpp_wrapper=True), pytest.raises(lowering.LoweringError, match="cpp_wrapper is True"):
+        lowering.explain(one_layer, batch(), weights(), COUNT)

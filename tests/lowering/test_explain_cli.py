@@ -31,6 +31,12 @@ def test_json_and_picture(monkeypatch, capfd, tmp_path: Path):
     assert (tmp_path / "layer.svg").read_text().startswith("<svg")
 
 
+def test_one_rank_has_no_layer_to_draw(monkeypatch, capfd, tmp_path: Path):
+    status, _, errors = explain(monkeypatch, capfd, "--ranks", "1", "--svg", str(tmp_path / "layer.svg"))
+    assert status == 1 and "one rank alone exchanges nothing" in errors and "pass --ranks 2" in errors
+    assert "Traceback" not in errors and not list(tmp_path.iterdir())
+
+
 def test_an_unknown_pass_is_one_line(monkeypatch, capfd):
     status, _, errors = explain(monkeypatch, capfd, "--without", "nothing")
     assert status == 1 and "no pass is named nothing; the names are hoist_metadata" in errors

@@ -1,4 +1,8 @@
-"""Decode steps of real architectures: every layer becomes one op, one graph, nothing copied around the ops."""
+"""Decode steps of real architectures: every layer becomes one op, one graph, nothing copied around the ops.
+
+Inductor cuts graphs into partitions only for CUDA, so their number can be other than 0 only there; that ``explain``
+reports it is tested in ``test_explain.py``.
+"""
 
 from __future__ import annotations
 
