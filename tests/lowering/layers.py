@@ -16,6 +16,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
 
 import moe_ops  # noqa: F401 - registers the ops
+from lowering.effects import EffectOp, effect_ops
+from lowering.passes import Options, run_passes
+from lowering.torch_compat import schema_arguments
 
 ops = torch.ops.moe_ep
 T, H, K, E, I = 8, 32, 2, 4, 16
@@ -65,6 +68,27 @@ def inference_graph(function: Callable, *args: Any, **options: Any) -> tuple[Gra
         torch.compile(function, backend=backend, fullgraph=True)(*args)
     ((module, inputs),) = found
     return module, inputs
+
+
+def give_to_group(op: EffectOp, group: str) -> None:
+    """Let an ordered op of a traced graph communicate over another group, which need not exist."""
+    names = [argument.name for argument in schema_arguments(op.op)]
+    op.node.update_arg(2 + names.index("group_name"), group)  # behind token and op
+
+
+def two_groups() -> Graph:
+    """A layer of "local", whose metadata comes from outside, behind another group's ``metadata_update``."""
+
+    def model(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> Tensor:
+        seen = ops.metadata_update(count, "local")
+        return routed(x, w, count, metadata) + seen[0]
+
+    count, metadata = (torch.tensor(values, dtype=torch.int32) for values in ([5], [5, 0, 5]))
+    module, _ = inference_graph(model, batch(), weights(), count, metadata)
+    (update,) = effect_ops(module.graph, "metadata_update")
+    give_to_group(update, "other")
+    run_passes(module.graph, Options(frozenset({"agreement", "elide_barriers"})))
+    return module.graph
 
 
 def text(graph: Graph) -> str:

@@ -1,5 +1,6 @@
 """Ranks compare what they compiled before they first communicate: two processes over gloo, and the graph."""
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,7 @@ from graphs.launch import Emit, run_ranks
 from lowering import agreement
 from lowering.agreement import Agreement
 from lowering.hoist_metadata import HoistMetadata
-from tests.lowering.layers import batch, inference_graph, ops, routed, text, weights
+from tests.lowering.layers import batch, inference_graph, ops, routed, text, two_groups, weights
 
 COUNT = torch.tensor([5], dtype=torch.int32)
 
@@ -52,6 +53,12 @@ def test_a_graph_that_does_not_communicate_gets_no_check():
     module, _ = inference_graph(torch.sin, batch())
     before = text(module.graph)
     assert not Agreement().run(module.graph).done and text(module.graph) == before
+
+
+def test_each_group_compares_its_own_ops():
+    done = Agreement().run(two_groups()).done
+    assert len(done) == 2 and done[0] == "group 'other': metadata_update()"
+    assert done[1].startswith("group 'local': moe_layer(") and "metadata_update" not in done[1]
 
 
 def test_equal_layers_are_written_once_and_T_is_left_out():
@@ -153,3 +160,36 @@ def test_a_rank_that_does_not_come_is_an_error_not_a_hang():
     first, _ = two_ranks("absent")
     assert "rank 1 did not come to compare graphs within 5 s" in first["error"]
     assert "Rank 0 is about to run: metadata_update(); moe_layer(" in first["error"]
+
+
+# What each of two ranks brings, one after the other; blank: it does not come.
+TEXTS = {"late": ("aab", "aab"), "second": ("aacd", "a bd")}
+
+
+def compare(rank: int, ranks: int, case: str, emit: Emit) -> list[str]:
+    """What comes of each text that this rank brings to a comparison: the text, or the error."""
+    ws = moe_ops.init_workspace(None, max_tokens_per_rank=8, hidden_size=32, top_k=2, timeout_s=1.5)
+    said = []
+    for number, one in enumerate(TEXTS[case][rank]):
+        if case == "late" and number == 0 and rank == 1:
+            time.sleep(2)
+        try:
+            if one != " ":
+                agreement.agree(torch.zeros(1), one, ws.group_name)
+            said.append(one)
+        except lowering.AgreementError as error:
+            said.append(str(error))
+        dist.barrier()
+    return said
+
+
+def test_a_rank_that_came_late_can_agree_later():
+    """Neither counts the meeting that failed, so the next one is the same for both."""
+    for said in run_ranks(compare, "late", ranks=2, device="cpu", on_event=print):
+        assert "did not come to compare graphs within 1.5 s" in said[0] and said[1:] == ["a", "b"]
+
+
+def test_every_new_text_is_compared_once():
+    for rank, said in enumerate(run_ranks(compare, "second", ranks=2, device="cpu", on_event=print)):
+        assert said[:2] == ["a", "a "[rank]] and said[3] == "d"
+        assert f"Rank {rank}: {'cb'[rank]}. Rank {1 - rank}: {'bc'[rank]}." in said[2]

@@ -1,6 +1,7 @@
 """Experts and the combine behind them become one op, or the reason why not is reported."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lowering import comm_buffers, effects
 from lowering.comm_buffers import CommBuffers
+from lowering.effects import effect_ops
 from lowering.fuse_combine import FuseCombine
 from tests.lowering.layers import K, T, batch, inference_graph, ops, text, weights
 
@@ -37,9 +39,14 @@ def no_experts(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor)
     return ops.rsv_combine(x, count, metadata, T, "local")
 
 
-def two_readers(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> Tensor:
+def added_too(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> Tensor:
     y = experts(x, w, metadata[0:1])
     return ops.rsv_combine(y, count, metadata, T, "local") + y
+
+
+def returned_too(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
+    y = experts(x, w, metadata[0:1])
+    return ops.rsv_combine(y, count, metadata, T, "local"), y.relu()
 
 
 def another_count(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ def test_options_and_epilogue_come_along():
 
 def test_refusals_and_their_reasons():
     lines = []
-    for model in (no_experts, two_readers, another_count, another_number, another_dtype):
+    for model in (no_experts, added_too, returned_too, another_count, another_number, another_dtype):
         graph, done, refused = lower(model)
         assert not done and "fused_moe_combine" not in graph
         lines.append(f"{model.__name__}: {'; '.join(refused)}")
@@ -103,7 +110,8 @@ def test_refusals_and_their_reasons():
         "\n".join(lines),
         """\
 no_experts: arg1_1 comes from no fused_moe: it is copied into the slot
-two_readers: fused_moe is also added to the combine's result
+added_too: fused_moe is also added to the combine's result
+returned_too: fused_moe has 2 readers
 another_count: fused_moe counts its rows with another tensor than the combine's metadata
 another_number: fused_moe counts its rows with another tensor than the combine's metadata
 another_dtype: fused_moe returns torch.float16, the slot holds torch.bfloat16""",
@@ -112,7 +120,18 @@ another_dtype: fused_moe returns torch.float16, the slot holds torch.bfloat16"""
 
 def test_a_transport_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch):
     """On CUDA, where every collective is launches of its own."""
-
     monkeypatch.setattr(comm_buffers, "is_one_kernel", lambda op: False)
     graph, done, refused = lower(plain)
     assert not done and refused == [effects.NO_KERNEL] and "!rsv_combine" in graph
+
+
+def test_transports_with_kernels(monkeypatch: pytest.MonkeyPatch):
+    """Of a graph on CUDA; before a group has a workspace, its transport is not known."""
+    module, _ = inference_graph(no_experts, batch(), weights(), COUNT, torch.tensor([5, 0, 5], dtype=torch.int32))
+    (combine,) = effect_ops(module.graph)
+    combine.node.meta["val"] = (None, SimpleNamespace(device=torch.device("cuda")))
+    joins = set()
+    for transport in ("multicast", "p2p", "local", "nccl", "gloo", None):
+        monkeypatch.setattr(effects, "transport_of", lambda group, transport=transport: transport)
+        joins |= {transport} if effects.is_one_kernel(combine) else set()
+    assert joins == {"multicast", "p2p", "local"}

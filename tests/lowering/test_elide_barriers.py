@@ -8,7 +8,7 @@ from lowering.effects import effect_ops
 from lowering.elide_barriers import ElideBarriers
 from lowering.passes import Options, run_passes
 from lowering.report import Outcome
-from tests.lowering.layers import batch, inference_graph, routed, text, weights
+from tests.lowering.layers import batch, inference_graph, routed, text, two_groups, weights
 
 COUNT = torch.tensor([5], dtype=torch.int32)
 
@@ -69,6 +69,14 @@ def test_switched_off_it_leaves_every_entry():
     module, _ = inference_graph(three_layers, batch(), weights(), COUNT)
     run_passes(module.graph, Options(without=frozenset(["elide_barriers"])))
     assert [op.arguments["entry_barrier"] for op in effect_ops(module.graph, "moe_layer")] == [True] * 3
+
+
+def test_another_groups_meeting_drops_nothing():
+    """Its ranks may be others."""
+    graph = two_groups()
+    outcome = ElideBarriers().run(graph)
+    (layer,) = effect_ops(graph, "moe_layer")
+    assert layer.arguments["entry_barrier"] is True, outcome
 
 
 def test_ops_with_slots_stay_as_they_are():

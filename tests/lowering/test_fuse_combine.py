@@ -10,7 +10,7 @@ from torch._inductor import config
 
 import lowering
 from lowering import torch_compat
-from lowering.fuse_combine import FuseCombine
+from lowering.fuse_combine import MAX_ADDENDS, FuseCombine
 from tests.lowering.layers import T, batch, inference_graph, ops, routed, text, weights
 
 COUNT = torch.tensor([5], dtype=torch.int32)
@@ -67,6 +67,10 @@ def later_op(y: Tensor, count: Tensor, shared: Tensor, residual: Tensor) -> Tens
     return combine(y, count) + combine(residual, count)
 
 
+def alpha(y: Tensor, count: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
+    return torch.add(combine(y, count), shared, alpha=2)
+
+
 def arguments() -> tuple[Tensor, ...]:
     return batch(1), COUNT, batch(2), batch(3)
 
@@ -107,7 +111,9 @@ def test_eager_rounding_joins_and_keeps_every_bit_of_the_ops_alone(model: Callab
 
 def test_refusals_and_their_reasons():
     lines = []
-    for model in (shared_product, pointwise_addend, norm_behind, broadcast, two_readers, later_op, scale_and_add):
+    for model in (
+        shared_product, pointwise_addend, norm_behind, broadcast, two_readers, later_op, scale_and_add, alpha,
+    ):  # fmt: skip
         for rounding in ("compiled", "eager"):
             _, done, refused, same = lower(model, rounding)
             assert same or rounding == "compiled"
@@ -126,7 +132,29 @@ two_readers eager: 0 joined; with_effects_1: its result has 2 readers
 later_op compiled: 1 joined; add: getitem_7 depends on a later ordered op
 later_op eager: 1 joined; add: getitem_7 depends on a later ordered op
 scale_and_add compiled: 0 joined; mul: Inductor contracts this product with what follows; only rounding='eager' has one meaning for it
-scale_and_add eager: 1 joined; nothing refused""")  # noqa: E501
+scale_and_add eager: 1 joined; nothing refused
+alpha compiled: 0 joined; nothing refused
+alpha eager: 0 joined; nothing refused""")  # noqa: E501
+
+
+def scaled_sum(y: Tensor, count: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
+    return (combine(y, count) + shared) * 2.5
+
+
+def many_adds(y: Tensor, count: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
+    out = combine(y, count)
+    for _ in range(MAX_ADDENDS + 1):
+        out = out + shared
+    return out
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(scaled_sum, "mul: a scaling joins only before the first add"), (many_adds, "add_4: at most 4 addends")],
+)
+def test_what_stays_behind_joined_adds(model: Callable, reason: str):
+    _, done, refused, same = lower(model, "eager")
+    assert len(done) == 1 and refused == [reason] and same
 
 
 def test_nothing_behind_the_combine_is_no_match():

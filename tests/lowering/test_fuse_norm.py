@@ -17,7 +17,7 @@ from tests.lowering.layers import H, T, batch, inference_graph, ops, routed, tex
 from tests.lowering.test_models import LAYERS, decode_step
 from tests.lowering.test_models import T as DECODED
 
-COUNT = torch.tensor([5], dtype=torch.int32)
+COUNT, METADATA = torch.tensor([5], dtype=torch.int32), torch.tensor([5, 0, 5], dtype=torch.int32)
 WEIGHT = torch.randn(H, generator=torch.Generator().manual_seed(9)).bfloat16()
 
 HALF = WEIGHT[: H // 2].clone()
@@ -56,9 +56,9 @@ def arguments() -> tuple[Tensor, ...]:
     return batch(1), batch(2), batch(3)
 
 
-def lower(model: Callable) -> tuple[str, list[str], list[str], list[list[Tensor]]]:
+def lower(model: Callable, *given: Tensor) -> tuple[str, list[str], list[str], list[list[Tensor]]]:
     """Text after the pass, what it did, what it refused, and the results before and after."""
-    module, inputs = inference_graph(model, *arguments())
+    module, inputs = inference_graph(model, *(given or arguments()))
     before = module(*inputs)
     outcome = FuseNorm().run(module.graph, "eager")
     module.graph.lint()
@@ -154,6 +154,22 @@ two_readers: 0 joined; with_effects_1: its result has 2 readers
 wide_result: 0 joined; add: convert_element_type is pointwise with no other reader: it would cost a launch
 norm_of_another_part: 0 joined; add: no RMSNorm reads it""",
     )
+
+
+@pytest.mark.parametrize(
+    ("dim", "keepdim", "weight"),
+    [(0, True, WEIGHT), ((0, 1), True, WEIGHT), (-1, False, WEIGHT), (-1, True, WEIGHT.float())],
+)
+def test_other_means_and_weights_are_no_norm(dim: int | tuple[int, ...], keepdim: bool, weight: Tensor):
+    """H rows of H, so that a mean broadcasts whichever way it was taken."""
+
+    def model(y: Tensor, shared: Tensor) -> Tensor:
+        x = ops.rsv_combine(y, COUNT, METADATA, H, "local") + shared
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(dim, keepdim=keepdim) + 1e-6)).to(x.dtype)
+
+    graph, done, refused, (before, after) = lower(model, torch.randn(H, H).bfloat16(), torch.randn(H, H).bfloat16())
+    assert not done and len(refused) == 1 and "norm_weight" not in graph and torch.equal(before[0], after[0])
 
 
 @pytest.mark.parametrize(("name", "limit"), [("MAX_ROWS", T - 1), ("MAX_NORM_WIDTH", H - 1)])

@@ -4,9 +4,10 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
+from lowering.effects import effect_ops
 from lowering.hoist_metadata import HoistMetadata
 from lowering.report import Refusal
-from tests.lowering.layers import T, batch, inference_graph, ops, routed, text, weights
+from tests.lowering.layers import T, batch, give_to_group, inference_graph, ops, routed, text, weights
 
 COUNT = torch.tensor([5], dtype=torch.int32)
 
@@ -79,6 +80,16 @@ def test_another_count_is_refused_with_the_reason():
     before = text(module.graph)
     outcome = HoistMetadata().run(module.graph)
     assert not outcome.done and text(module.graph) == before
+    assert outcome.refused == [Refusal("with_effects_2", "counts another tensor or group than with_effects")]
+
+
+def test_a_count_of_two_groups_is_summed_twice():
+    """The same tensor, but over other ranks."""
+    module, _ = inference_graph(two_updates, batch(), COUNT)
+    _, second = effect_ops(module.graph, "metadata_update")
+    give_to_group(second, "other")
+    outcome = HoistMetadata().run(module.graph)
+    assert not outcome.done and text(module.graph).count("!metadata_update") == 2
     assert outcome.refused == [Refusal("with_effects_2", "counts another tensor or group than with_effects")]
 
 

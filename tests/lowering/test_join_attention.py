@@ -40,14 +40,26 @@ def neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + half * sin
 
 
-def attention(q, k, v, wq, wk, angles, keys, values, column, mask, turn=rotate):
+def put(cache: Tensor, column: Tensor, new: Tensor) -> None:
+    """Write ``new (B, 1, heads, D)`` at a column of each row."""
+    cache[torch.arange(B)[:, None], :, column[:, None]] = new
+
+
+def put_backwards(cache: Tensor, column: Tensor, new: Tensor) -> None:
+    cache[torch.arange(B - 1, -1, -1)[:, None], :, column[:, None]] = new
+
+
+def put_added(cache: Tensor, column: Tensor, new: Tensor) -> None:
+    torch.ops.aten.index_put_(cache, [torch.arange(B)[:, None], None, column[:, None]], new, True)
+
+
+def attention(q, k, v, wq, wk, angles, keys, values, column, mask, turn=rotate, put=put, apart=0):
     """A layer's attention for one token a row: projections (B, heads * D), cache written in place."""
     cos, sin = (function(angles)[:, None].to(q.dtype)[:, None] for function in (torch.cos, torch.sin))
     query = turn(norm(q.view(B, 1, HEADS, DEPTH), wq).transpose(1, 2), cos, sin)
     key = turn(norm(k.view(B, 1, KV, DEPTH), wk).transpose(1, 2), cos, sin)
-    row = torch.arange(B)[:, None]
-    keys[row, :, column[:, None]] = key.transpose(1, 2)
-    values[row, :, column[:, None]] = v.view(B, 1, KV, DEPTH)
+    put(keys, column, key.transpose(1, 2))
+    put(values, column.roll(apart) if apart else column, v.view(B, 1, KV, DEPTH))
     return torch.ops.moe_ep.decode_attention(query[:, :, 0], keys, values, mask, 0.5).flatten(1)
 
 
@@ -115,8 +127,13 @@ def test_same_values_compiled(dtype: torch.dtype, normed: bool, width: int):
         (lambda *given: attention(*given[:6], given[6].sin(), *given[7:]), "a cache that is an input of the graph"),
         (lambda *given: attention(*given) + given[6].sum(), "that it alone reads"),
         (lambda *given: attention(*given[:6], given[6], given[6], *given[8:]), "that it alone reads"),
+        (lambda *given: attention(*given, apart=1), "keys and values are written at different columns"),
+        (lambda *given: attention(*given, put=put_backwards), "a cache that is an input of the graph"),
+        (lambda *given: attention(*given, put=put_added), "a cache that is an input of the graph"),
     ],
-    ids=["neighbours", "no input", "another reader", "one cache for both"],
+    ids=[
+        "neighbours", "no input", "another reader", "one cache for both", "other columns", "other rows", "added",
+    ],
 )
 def test_refused(function, reason: str):
     module, _ = inference_graph(function, *arguments(), **IN_PLACE)
@@ -124,6 +141,14 @@ def test_refused(function, reason: str):
     assert not outcome.done
     assert [reason in refusal.reason for refusal in outcome.refused] == [True], outcome.refused
     module.graph.lint()
+
+
+def test_a_cache_with_gaps_is_refused():
+    given = arguments()
+    given[6:8] = [torch.stack([cache, cache], -1)[..., 0] for cache in given[6:8]]
+    module, _ = inference_graph(attention, *given, **IN_PLACE)
+    outcome = PASS.run(module.graph)
+    assert not outcome.done and "a cache that is an input of the graph" in outcome.refused[0].reason
 
 
 def test_refused_where_the_op_is_not_registered(monkeypatch: pytest.MonkeyPatch):

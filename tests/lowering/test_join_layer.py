@@ -7,11 +7,12 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from lowering import comm_buffers
+from lowering import comm_buffers, torch_compat
 from lowering.comm_buffers import CommBuffers
+from lowering.effects import EffectOp, effect_ops
 from lowering.fuse_combine import FuseCombine
 from lowering.join_layer import JoinLayer
-from tests.lowering.layers import T, batch, inference_graph, ops, routed, text, weights
+from tests.lowering.layers import T, batch, give_to_group, inference_graph, ops, routed, text, weights
 
 COUNT = torch.tensor([5], dtype=torch.int32)
 METADATA = torch.tensor([5, 0, 5], dtype=torch.int32)
@@ -49,6 +50,13 @@ def experts_read_elsewhere(x: Tensor, w: dict[str, Tensor], count: Tensor, metad
     return out + y
 
 
+def ids_read_elsewhere(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> Tensor:
+    ids, chosen = torch.zeros(T, 2, dtype=torch.int64), torch.ones(T, 2)
+    rows, ids, chosen = ops.agv_dispatch(x, ids, chosen, count, metadata, T, "local")
+    y = ops.fused_moe(rows, ids, chosen, w["gate_up"], w["down"], metadata[0:1], 0)
+    return ops.rsv_combine(y, count, metadata, T, "local") * ids.sum()
+
+
 def fewer_rows(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> Tensor:
     return layer(x, w, count, metadata, rows=T - 1)[0]
 
@@ -56,6 +64,13 @@ def fewer_rows(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor)
 def another_count(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> Tensor:
     ids, chosen = torch.zeros(T, 2, dtype=torch.int64), torch.ones(T, 2)
     rows, ids, chosen = ops.agv_dispatch(x, ids, chosen, metadata[2:3], metadata, T, "local")
+    y = ops.fused_moe(rows, ids, chosen, w["gate_up"], w["down"], metadata[0:1], 0)
+    return ops.rsv_combine(y, count, metadata, T, "local")
+
+
+def another_metadata(x: Tensor, w: dict[str, Tensor], count: Tensor, metadata: Tensor) -> Tensor:
+    ids, chosen = torch.zeros(T, 2, dtype=torch.int64), torch.ones(T, 2)
+    rows, ids, chosen = ops.agv_dispatch(x, ids, chosen, count, metadata + 0, T, "local")
     y = ops.fused_moe(rows, ids, chosen, w["gate_up"], w["down"], metadata[0:1], 0)
     return ops.rsv_combine(y, count, metadata, T, "local")
 
@@ -117,7 +132,8 @@ def test_addends_come_along_and_every_layer_joins():
 def test_refusals_and_their_reasons():
     lines = []
     for model in (
-        batch_read_elsewhere, experts_read_elsewhere, fewer_rows, another_count, other_ids, something_between,
+        batch_read_elsewhere, experts_read_elsewhere, ids_read_elsewhere, fewer_rows, another_count, another_metadata,
+        other_ids, something_between,
     ):  # fmt: skip
         graph, done, refused = lower(model)
         assert not done and "!agv_dispatch" in graph
@@ -127,11 +143,37 @@ def test_refusals_and_their_reasons():
         """\
 batch_read_elsewhere: the gathered hidden is also added to the combine's result
 experts_read_elsewhere: the next ordered op is rsv_combine_add, not experts joined with their combine
+ids_read_elsewhere: the gathered topk_ids is also read by sum_1
 fewer_rows: with_effects_2 returns 7 rows, this rank sends 8
 another_count: with_effects_2 has another local_tokens
+another_metadata: with_effects_2 has another metadata
 other_ids: with_effects_2 takes its topk_ids from elsewhere
 something_between: the next ordered op is metadata_update, not experts joined with their combine""",
     )
+
+
+def tear_off(rest: EffectOp) -> None:
+    """Another chain of tokens, which says nothing of what the dispatch's chain waits for."""
+    (first,) = rest.node.graph.find_nodes(op="call_function", target=torch.ops.prims._make_token.default)
+    with rest.node.graph.inserting_before(first):
+        rest.node.update_arg(0, torch_compat.insert_call(rest.node.graph, first.target))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda rest: give_to_group(rest, "other"), "with_effects_2 has another group_name"),
+        (tear_off, "with_effects_2 is not the next op in the chain of tokens"),
+    ],
+    ids=["group", "tokens"],
+)
+def test_experts_of_another_group_or_chain_do_not_join(change: Callable[[EffectOp], None], reason: str):
+    module, _ = inference_graph(plain, batch(), weights(), COUNT, METADATA)
+    CommBuffers().run(module.graph)
+    _, rest = effect_ops(module.graph)
+    change(rest)
+    outcome = JoinLayer().run(module.graph)
+    assert not outcome.done and [refusal.reason for refusal in outcome.refused] == [reason]
 
 
 def test_a_transport_without_kernels_keeps_the_ops(monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,8 @@ from lowering.keep_rotations import MIN_READERS, KeepRotations
 from tests.lowering import layers
 from tests.lowering.layers import inference_graph, text
 
+BMM = torch.ops.aten.bmm.default
+
 
 def rotations(x: Tensor, positions: Tensor, layers: int = 3) -> Tensor:
     """Rotary embedding as transformers writes it, with a product between layers."""
@@ -102,16 +104,27 @@ def angles_of(frequencies: Tensor, positions: Tensor) -> Tensor:
     return (expanded @ positions[:, None, :]).transpose(1, 2).cos().view(rows, columns, -1)
 
 
+@pytest.fixture
+def _no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs as of torch 2.11, where Inductor has none of its own for ``bmm``."""
+    kept = {op: decomposed for op, decomposed in layers.select_decomp_table().items() if op is not BMM}
+    monkeypatch.setattr(layers, "select_decomp_table", lambda: kept)
+
+
+@pytest.mark.usefixtures("_no_decomposition")
+def test_a_product_that_sums_stays():
+    """Square, so that its operands could be multiplied element by element just as well."""
+    module, _ = inference_graph(torch.bmm, torch.rand(4, 2, 2), torch.rand(4, 2, 2))
+    assert not KeepRotations().run(module.graph).done and module.graph.find_nodes(op="call_function", target=BMM)
+
+
+@pytest.mark.usefixtures("_no_decomposition")
 @pytest.mark.parametrize("columns", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_angles_are_no_product(columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    """In the graph of torch 2.11, where Inductor has no decomposition of its own for it."""
-    bmm = torch.ops.aten.bmm.default
-    kept = {op: decomposed for op, decomposed in layers.select_decomp_table().items() if op is not bmm}
-    monkeypatch.setattr(layers, "select_decomp_table", lambda: kept)
+def test_angles_are_no_product(columns: int, dtype: torch.dtype):
     positions = torch.arange(4 * columns).view(4, columns) * 1000 + 1
     module, given = inference_graph(lambda f, p: angles_of(f, p.to(dtype)), torch.rand(16, dtype=dtype), positions)
-    assert module.graph.find_nodes(op="call_function", target=bmm)
+    assert module.graph.find_nodes(op="call_function", target=BMM)
     wanted = module(*given)
     done = KeepRotations().run(module.graph).done
     module.graph.lint()
@@ -119,4 +132,4 @@ def test_angles_are_no_product(columns: int, dtype: torch.dtype, monkeypatch: py
     assert all(map(torch.equal, module(*given), wanted))
     single = dtype == torch.float32
     assert done == (["bmm: pointwise"] if single else [])
-    assert bool(module.graph.find_nodes(op="call_function", target=bmm)) != single
+    assert bool(module.graph.find_nodes(op="call_function", target=BMM)) != single

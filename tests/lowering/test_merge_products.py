@@ -177,6 +177,20 @@ x is torch.float16, the weight torch.bfloat16""")
     assert not outcome.done and not outcome.refused
 
 
+def test_products_of_two_dtypes_are_two_launches():
+    """A projection in bf16 and a router whose logits are fp32 read one batch; a launch has one dtype."""
+
+    def both(x: Tensor, w: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.linear(x, w), functional.linear(x.float(), scores.float())
+
+    module, inputs = inference_graph(both, *(torch.randn(n, 16).bfloat16() for n in (5, 8, 8)))
+    wanted = module(*inputs)
+    assert PASS.run(module.graph).done == ["thin_linear_default: mm", "thin_linear_default_1: mm_1"]
+    module.recompile()
+    assert [result.dtype for result in module(*inputs)] == [result.dtype for result in wanted]
+    torch.testing.assert_close(module(*inputs), wanted)
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "reason"),
     [

@@ -75,6 +75,26 @@ def projection_read_twice(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor],
     return routed(x, w, count) + F.linear(F.silu(F.linear(x, s["gate"])) * up, s["down"]) + F.linear(up, s["down"])
 
 
+def silu_read_twice(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    gate = F.silu(F.linear(x, s["gate"]))
+    return routed(x, w, count) + F.linear(gate * F.linear(x, s["up"]), s["down"]) + F.linear(gate, s["down"])
+
+
+def product_read_twice(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    shared = mlp(x, s)
+    return (routed(x, w, count) + shared).relu() * shared
+
+
+def weight_of_the_layer(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    y = routed(x, w, count)
+    return y + mlp(x, s | {"gate": s["gate"] + y[0]})
+
+
+def halves_of_rows(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+    gate, up = F.linear(x, s["both"]).chunk(2)
+    return routed(x, w, count) + F.linear(F.silu(gate) * up, s["both"].T).repeat(2, 1)
+
+
 def of_another_input(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
     return routed(x, w, count) + mlp(x + 1, s)
 
@@ -98,8 +118,8 @@ def no_shared_expert(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], coun
 
 
 NOT_MATCHED = (
-    activation_read_twice, projection_read_twice, of_another_input, halves_swapped, another_activation, with_biases,
-    no_shared_expert,
+    activation_read_twice, projection_read_twice, silu_read_twice, product_read_twice, weight_of_the_layer,
+    of_another_input, halves_of_rows, halves_swapped, another_activation, with_biases, no_shared_expert,
 )  # fmt: skip
 
 
@@ -199,8 +219,16 @@ activation_read_twice compiled: mul: mm_3, relu: no single matrix product reads 
 activation_read_twice eager: mul: mm_3, relu: no single matrix product reads it
 projection_read_twice compiled: mul: mm has 2 readers
 projection_read_twice eager: mul: mm has 2 readers
+silu_read_twice compiled: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
+silu_read_twice eager: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
+product_read_twice compiled: with_effects_5: mm_2 of permute, permute_1 runs beside the layer
+product_read_twice eager: mul: mm_2 is added to the combine's result and has other readers
+weight_of_the_layer compiled: mul: permute depends on the layer
+weight_of_the_layer eager: mul: permute depends on the layer
 of_another_input compiled: mul: it reads add, which is no layer's input
 of_another_input eager: mul: it reads add, which is no layer's input
+halves_of_rows compiled: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
+halves_of_rows eager: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
 halves_swapped compiled: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
 halves_swapped eager: mul: no silu(gate) * up of two products without bias, or of the halves of one, gate first
 another_activation compiled: mul_3: no silu(gate) * up of two products without bias, or of the halves of one, gate first

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +18,17 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import lowering
-from lowering import torch_compat
+import moe_ops
+from lowering import passes, torch_compat
+from lowering.effects import moe_nodes
 from lowering.passes import RECENT, Lowering, Options, run_passes
+from moe_ops import workspace
+from moe_ops.placement import Placements
 from tests.lowering.layers import batch, inference_graph, routed, weights
 
 COUNT = torch.tensor([5], dtype=torch.int32)
 ROOT = Path(__file__).resolve().parents[2]
+UNLOWERED = {"metadata_update", "agv_dispatch", "fused_moe", "rsv_combine"}
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +53,13 @@ def run() -> Tensor:
 
 
 class UserPass(CustomGraphPass):
-    """Counts its calls."""
+    """Notes which ops of ``moe_ep`` each graph has that it gets."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls: list[set[str]] = []
 
     def __call__(self, graph: Graph) -> None:
-        self.calls += 1
+        self.calls.append({name for name, _ in moe_nodes(graph)})
 
     def uuid(self) -> str:
         return "mine"
@@ -123,9 +131,35 @@ def test_the_users_pass_keeps_running(first: str):
         config.post_grad_custom_pre_pass = mine
         lowering.enable()
     run()
-    assert mine.calls == 1 and len(RECENT) == 1
+    assert mine.calls == [UNLOWERED] and len(RECENT) == 1  # it ran first
     lowering.disable()
     assert config.post_grad_custom_pre_pass is mine
+
+
+def test_a_list_of_user_passes_keeps_running():
+    """torch 2.13 takes one in the slot."""
+    mine = [UserPass(), UserPass()]
+    config.post_grad_custom_pre_pass = mine
+    lowering.enable()
+    run()
+    assert [one.calls for one in mine] == [[UNLOWERED]] * 2 and len(RECENT) == 1
+    lowering.disable()
+    assert config.post_grad_custom_pre_pass == mine
+
+
+def test_what_is_not_said_stays_as_it_was():
+    lowering.enable(without=["route_rows"], inexact=True)
+    lowering.enable(rounding="eager")
+    assert lowering.enabled_options() == Options(frozenset({"route_rows"}), "eager", True)
+
+
+def test_caches_keep_ordered_ops_only_while_it_is_on():
+    with config.patch(unsafe_marked_cacheable_functions={"mine": "1"}):
+        lowering.enable()
+        assert len(config.unsafe_marked_cacheable_functions) == 2
+        lowering.disable()
+        assert config.unsafe_marked_cacheable_functions == {"mine": "1"}
+        lowering.enable()
 
 
 def test_a_plain_callable_keeps_running_and_nothing_is_cached():
@@ -137,14 +171,46 @@ def test_a_plain_callable_keeps_running_and_nothing_is_cached():
     assert config.post_grad_custom_pre_pass.uuid() is None
 
 
-def test_the_cache_key_knows_options_and_user_passes():
-    keys = [config.post_grad_custom_pre_pass.uuid()]
-    lowering.enable(without=["hoist_metadata"])
-    keys.append(config.post_grad_custom_pre_pass.uuid())
+def install_user_pass() -> None:
     config.post_grad_custom_pre_pass = UserPass()
     lowering.enable()
-    keys.append(config.post_grad_custom_pre_pass.uuid())
-    assert len({json.dumps(key) for key in keys}) == 3 and "mine" in json.dumps(keys[2])
+
+
+def edit(package: Path) -> None:
+    (package / "errors.py").write_text((package / "errors.py").read_text() + "# edited")
+
+
+CACHE_KEY: dict[str, Callable[[Path, SimpleNamespace], object]] = {
+    "sources of lowering": lambda root, group: edit(root / "lowering"),
+    "sources of moe_ops": lambda root, group: edit(root / "moe_ops"),
+    "without": lambda root, group: lowering.enable(without=["hoist_metadata"]),
+    "rounding": lambda root, group: lowering.enable(rounding="eager"),
+    "inexact": lambda root, group: lowering.enable(inexact=True),
+    "transports": lambda root, group: setattr(group, "transport", "p2p"),
+    "placements": lambda root, group: group.placements.add(((0, 2), (2, 2))),
+    "user's pass": lambda root, group: install_user_pass(),
+}
+
+
+@pytest.mark.parametrize("part", CACHE_KEY)
+def test_the_cache_key_knows(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In copies of the sources, and with a group's workspace beside; nothing else changes the key."""
+    group = SimpleNamespace(transport="gloo", placements=Placements())
+    monkeypatch.setitem(workspace._WORKSPACES, "group", group)
+    for module, name in ((passes, "lowering"), (moe_ops, "moe_ops")):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        monkeypatch.setattr(module, "__file__", str(tmp_path / name / "__init__.py"))
+
+    def key() -> str:
+        return json.dumps(config.post_grad_custom_pre_pass.uuid())
+
+    before = key()
+    (tmp_path / "lowering" / "notes.txt").write_text("no code")
+    lowering.disable()
+    lowering.enable()
+    assert key() == before
+    CACHE_KEY[part](tmp_path, group)
+    assert key() != before
 
 
 def test_graphs_without_our_ops_are_left_alone():

@@ -9,6 +9,9 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
+from lowering import thin_shared, torch_compat
+from lowering.effects import effect_ops
+from lowering.overlap_shared import readers
 from lowering.passes import Options, run_passes
 from lowering.thin_shared import ThinShared
 from tests.lowering.layers import H, batch, inference_graph, routed, text, weights
@@ -81,3 +84,35 @@ def test_what_stays():
     module, _ = inference_graph(deepseek, batch(), weights(), shared_weights(), COUNT)
     run_passes(module.graph, Options(frozenset({"agreement"})))
     assert not ThinShared().run(module.graph).done  # on the CPU nothing is gained
+
+
+def test_many_rows_stay_with_the_library(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(thin_shared, "MAX_ROWS", 7)
+    graph, done, refused = lower(deepseek)
+    assert not done and "shared_thin=True" not in graph
+    assert [line.split(": ")[1] for line in refused] == ["8 rows; the library is as fast from 8 on"]
+
+
+def test_a_product_whose_weight_needs_the_layer_stays_behind():
+    def weight_of_the_layer(x: Tensor, w: dict[str, Tensor], s: dict[str, Tensor], count: Tensor) -> Tensor:
+        y = routed(x, w, count)
+        act = torch.nn.functional.silu(x @ s["gate"].T) * (x @ s["up"].T)
+        return y + act @ (s["down"] * y.sum()).T
+
+    graph, done, refused = lower(weight_of_the_layer)
+    assert graph.count("shared_thin=True") == 1 and not refused
+    assert [line.split(": ")[1] for line in done] == ["thin kernels for its shared expert"]
+
+
+def test_an_activation_with_two_readers_stays_a_result():
+    module, _ = inference_graph(added_at_once, batch(), weights(), shared_weights(), COUNT)
+    run_passes(module.graph, Options(frozenset({"agreement"})))
+    (layer,) = effect_ops(module.graph, "moe_layer_shared")
+    (product,) = readers(layer.results(1)[0])
+    (output,) = module.graph.find_nodes(op="output")
+    with module.graph.inserting_before(output):
+        again = torch_compat.insert_call(module.graph, product.target, *product.args)
+    output.args = ((*output.args[0], again),)
+    (done,) = PASS.run(module.graph).done
+    assert done.endswith("thin kernels for its shared expert")
+    module.graph.lint()
