@@ -147,6 +147,25 @@ def test_a_list_of_user_passes_keeps_running():
     assert config.post_grad_custom_pre_pass == mine
 
 
+@pytest.mark.skipif(torch_compat.torch_version() < (2, 12), reason="torch has such passes from 2.12 on")
+def test_a_pass_that_wants_to_know_its_graph_is_told():
+    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+
+    told: list[bool] = []
+
+    class Told(CustomInferenceAwareGraphPass):
+        def __call__(self, graph: Graph, is_inference: bool) -> None:
+            told.append(is_inference)
+
+        def uuid(self) -> str:
+            return "told"
+
+    config.post_grad_custom_pre_pass = Told()
+    lowering.enable()
+    run()
+    assert told == [True]
+
+
 def test_what_is_not_said_stays_as_it_was():
     lowering.enable(without=["route_rows"], inexact=True)
     lowering.enable(rounding="eager")
