@@ -163,7 +163,7 @@ def test_a_rank_that_does_not_come_is_an_error_not_a_hang():
 
 
 # What each of two ranks brings, one after the other; blank: it does not come.
-TEXTS = {"late": ("aab", "aab"), "second": ("aacd", "a bd")}
+TEXTS = {"late": ("aab", "aab"), "absent": ("aa", " a"), "second": ("aacd", "a bd")}
 
 
 def compare(rank: int, ranks: int, case: str, emit: Emit) -> list[str]:
@@ -187,6 +187,12 @@ def test_a_rank_that_came_late_can_agree_later():
     """Neither counts the meeting that failed, so the next one is the same for both."""
     for said in run_ranks(compare, "late", ranks=2, device="cpu", on_event=print):
         assert "did not come to compare graphs within 1.5 s" in said[0] and said[1:] == ["a", "b"]
+
+
+def test_a_rank_that_did_not_come_goes_on_to_the_meeting_where_the_others_are():
+    first, second = run_ranks(compare, "absent", ranks=2, device="cpu", on_event=print)
+    assert "rank 1 did not come to compare graphs within 1.5 s" in first[0] and first[1:] == ["a"]
+    assert second == [" ", "a"]
 
 
 def test_every_new_text_is_compared_once():
