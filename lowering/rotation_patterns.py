@@ -114,7 +114,7 @@ def _normalised(node: Node) -> tuple[Node, float] | None:
         if total is None or total.target is not aten.add.Tensor or not isinstance(total.args[1], float):
             continue
         mean, eps = total.args
-        if mean.target is not aten.mean.dim or list(mean.args[1]) != [-1]:
+        if mean.target is not aten.mean.dim or mean.args[1:] != ([-1], True):
             continue
         square = mean.args[0]
         if (square.target, square.args) in ((aten.pow.Tensor_Scalar, (x, 2)), (aten.mul.Tensor, (x, x))):

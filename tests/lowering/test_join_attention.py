@@ -151,6 +151,22 @@ def test_a_cache_with_gaps_is_refused():
     assert not outcome.done and "a cache that is an input of the graph" in outcome.refused[0].reason
 
 
+def test_a_mean_that_is_spread_over_columns_is_no_norm(monkeypatch: pytest.MonkeyPatch):
+    """As many rows and heads as columns, so that a mean fits without its last dimension. It stays before the op."""
+
+    def uneven(x: Tensor, weight: Tensor) -> Tensor:
+        y = x[:, 0].float()
+        return (weight * (y * torch.rsqrt(y.pow(2).mean(-1) + 1e-6)).to(x.dtype))[:, None]
+
+    for name, value in {"B": DEPTH, "HEADS": DEPTH, "KV": DEPTH, "norm": uneven}.items():
+        monkeypatch.setitem(globals(), name, value)
+    given = arguments()
+    given[8] = torch.arange(B)
+    given[9] = (torch.arange(LENGTH) <= given[8][:, None])[:, None, None]
+    module, _ = inference_graph(attention, *given, **IN_PLACE)
+    assert len(PASS.run(module.graph).done) == 1 and text(module.graph).count("rsqrt(") == 2
+
+
 def test_refused_where_the_op_is_not_registered(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(join_attention, "_registered", lambda: False)
     module, _ = inference_graph(attention, *arguments(), **IN_PLACE)
