@@ -57,6 +57,14 @@ def test_plans_of_the_table_fit_and_spill_nothing(point):
         assert "cp.async.bulk.tensor" in code.asm["ptx"]
 
 
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_plans_of_gpt_oss_spill_nothing_in_its_own_form(tokens):
+    """Transposed, interleaved, with biases and a limit: few and many rows."""
+    for launch in launches(*PLANS[f"E128-K4-H2880-I2880 T={tokens}"], gpt_oss=True):
+        used = usage(launch.compiled())
+        assert used.spills == 0 and used.shared <= SHARED, launch.kernel
+
+
 def test_a_kernel_that_spills_would_show():
     """Four warps hold a tile of 128 x 256 in all of their registers."""
     tiles = Tiles(128, 256, 64, 4, 3)
