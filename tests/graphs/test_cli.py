@@ -243,5 +243,11 @@ def test_tune_gives_each_rank_its_share_and_checks_counts(monkeypatch, tmp_path)
     monkeypatch.setattr(fused_moe_tune, "tune", lambda shapes, out, progress: asked.extend(shapes) or out)
     cli.tune(**TUNE, ranks=3, tokens="1,64", out=tmp_path)
     assert [(shape.experts, shape.tokens, total) for shape, total in asked] == [(3, 1, 8), (3, 64, 8)]
-    with pytest.raises(ArgumentError, match="commas"):
-        cli.tune(**TUNE, tokens="1;64")
+    asked.clear()
+    for wrong, hint in (
+        ({"tokens": "1;64"}, "commas"), ({"tokens": "0"}, "from 1 up"), ({"tokens": "²"}, "from 1 up"),
+        ({"top_k": 9}, "at most --experts"), ({"experts": 2000}, "at most 1024 experts"),
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError, match=hint):
+            cli.tune(**TUNE | wrong)
+    assert not asked

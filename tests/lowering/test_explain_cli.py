@@ -6,9 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
-from graphs import cli
+from graphs import cli, launch
+from graphs.errors import CheckpointError
+from graphs.loading import resolve_folder
 
 
 def explain(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
@@ -41,3 +44,18 @@ def test_an_unknown_pass_is_one_line(monkeypatch, capfd):
     status, _, errors = explain(monkeypatch, capfd, "--without", "nothing")
     assert status == 1 and "no pass is named nothing; the names are hoist_metadata" in errors
     assert "Traceback" not in errors
+
+
+def test_a_picture_in_no_folder_is_refused_before_any_rank_starts(monkeypatch, capfd, tmp_path: Path):
+    monkeypatch.setattr(launch, "run_ranks", lambda *_, **__: pytest.fail("ranks were started"))
+    status, _, errors = explain(monkeypatch, capfd, "--ranks", "2", "--svg", str(tmp_path / "none" / "layer.svg"))
+    assert status == 1 and "is no folder; make it first" in errors and "Traceback" not in errors
+
+
+def test_a_model_that_the_hub_does_not_have_is_one_line(monkeypatch):
+    def unknown(name: str, **options: object) -> str:
+        raise OSError("404 Client Error\nand a page of explanation")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unknown)
+    with pytest.raises(CheckpointError, match=r"no folder, and the Hub does not give it: 404 Client Error$"):
+        resolve_folder("nobody/nothing")

@@ -132,3 +132,37 @@ def test_a_wrong_peer_is_named_and_has_no_time(
     assert capsys.readouterr().out == ""
     assert bench.peer_us("a peer", lambda: right * 1.1, answer, timer, 3) is None
     assert timer.timed == 1 and "a peer: relative error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--shapes", "foo,mixtral"], "--shapes foo: pass some of qwen3-30b"),
+        (["--tokens", "1;4"], "pass counts from 1 up"), (["--tokens", "0"], "pass counts from 1 up"),
+        (["--csv", "/no/such/x.csv"], "there is no folder /no/such"), (["--plot", "/no/such/x.png"], "make it first"),
+        ([], "there is no CUDA device here"),
+    ],
+)  # fmt: skip
+def test_options_that_mean_nothing_end_it_before_it_begins(bench, monkeypatch, capsys, options, hint):
+    monkeypatch.setattr("sys.argv", ["bench_fused_moe.py", *options])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert hint in capsys.readouterr().err
+
+
+def test_points_measured_before_an_interrupt_are_in_the_csv(bench, monkeypatch, tmp_path):
+    def measure(layer: object, tokens: int, *rest: object) -> object:
+        if tokens == 16:
+            raise KeyboardInterrupt
+        return bench.Point(layer.name, tokens, 20.0, 10.0, 0.5, 10.0, 1e-3, None)
+
+    out = tmp_path / "out.csv"
+    monkeypatch.setattr("sys.argv", ["bench", "--shapes", "mixtral", "--tokens", "1,4,16,64", "--csv", str(out)])
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "GraphTimer", lambda *_: SimpleNamespace(empty_us=lambda: 4.0))
+    for name, value in (("is_available", True), ("empty_cache", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main()
+    assert [line.split(",")[:2] for line in out.read_text().splitlines()[1:]] == [["mixtral", "1"], ["mixtral", "4"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from moe_ops import fused_moe_config, fused_moe_tune
 from moe_ops.errors import ArgumentError
 from moe_ops.fused_moe_config import Plan, Shape, Tiles, choose_plan, default_plan, invariant_plan
-from moe_ops.fused_moe_tune import Tuner, launching_variants, neighbours, starting_plans
+from moe_ops.fused_moe_tune import Tuner, launching_variants, neighbours, save_plan, starting_plans
 from moe_ops.random_layer import Answer, random_layer
 
 FEW, MANY = Shape(8, 2, 64, 32, 4), Shape(8, 2, 64, 32, 512)
@@ -119,6 +120,42 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
     assert {key: list(entries) for key, entries in plans.items()} == {FEW.key(): ["4", "16", "64"], other.key(): ["4"]}
     assert all(Plan.from_json(plans[shape.key()][str(shape.tokens)]) == default_plan(shape) for shape, _ in points)
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("table", "hint"),
+    [
+        ("{", "is no table of plans"), ("{}", "is no table of plans"), ("[]", "is no table of plans"),
+        ('{"gpu": "another GPU", "plans": {}}', "is of another GPU"), (None, "can't be written"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_kept_is_refused_before_the_search(monkeypatch, tmp_path, table, hint):
+    """None: in a folder that is not there. What is in the file stays."""
+    out = tmp_path / ("missing/table.json" if table is None else "table.json")
+    if table is not None:
+        out.write_text(table)
+    monkeypatch.setattr(fused_moe_tune, "Tuner", lambda *_: pytest.fail("it searched"))
+    monkeypatch.setattr(fused_moe_tune, "GraphTimer", lambda device: None)
+    for name, value in (("current_device", 0), ("get_device_name", "some GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(ArgumentError, match=hint):
+        fused_moe_tune.tune([(FEW, 8)], out=out)
+    assert table is None or out.read_text() == table
+
+
+def test_an_interrupt_while_writing_leaves_the_table_whole(monkeypatch, tmp_path):
+    out, write = tmp_path / "table.json", Path.write_text
+    save_plan(out, "some GPU", FEW, default_plan(FEW), 9.0, "a test")
+    before = out.read_text()
+
+    def half(path: Path, text: str) -> None:
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        save_plan(out, "some GPU", MANY, default_plan(MANY), 9.0, "a test")
+    assert out.read_text() == before
 
 
 def test_candidates_fit_into_an_sm_and_try_rows_with_one_pair():
