@@ -48,6 +48,7 @@ class Plan:
     ``slots`` (few rows): programs for each tile, about as many as there are local pairs; more pairs are looped over.
     0: one for each pair of a chunk, or for each expert where these are fewer.
     ``lone`` (many rows): the second GEMM writes rows with one local pair to the result where it can.
+    ``invariant``: ``moe-ep tune`` found that it gives the bits of ``invariant_plan``.
     """
 
     gate_up: Tiles
@@ -61,6 +62,7 @@ class Plan:
     prefetch: int = 0
     slots: int = 0
     lone: bool = False
+    invariant: bool = False
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:
@@ -112,19 +114,19 @@ def default_plan(shape: Shape) -> Plan:
 
 
 def invariant_plan(shape: Shape) -> Plan:
-    """Plans between which a row's bits do not change.
+    """Plans between which a row's bits do not change: ``default_plan`` with the weights as left operand throughout.
 
-    With the weights as left operand every element is a chain of ``wgmma`` over 16 columns at a time from zero on,
-    however many rows are beside it and however the depth is cut. Without bulk copies that operand order is not to
-    be had and the instruction depends on the rows of a tile: then one tile serves all counts.
+    Every element is then a chain of ``wgmma`` over 16 columns at a time from zero on, however many rows are beside it
+    and however the depth is cut. Without bulk copies that operand order is not to be had and the instruction depends
+    on the rows of a tile: then one tile serves all counts.
     """
+    if _streamed(shape):
+        plan = default_plan(shape)
+        return replace(plan, gate_up=replace(plan.gate_up, swap=True), down=replace(plan.down, swap=True))
     pairs = shape.tokens * shape.top_k
-    rows = _power_of_two(int(2 * pairs / shape.experts), 16, 64) if _streamed(shape) else 16
-    gate_up, down = Tiles(rows, 32, 128, 4, 4, swap=True), Tiles(rows, 64, 128, 4, 4, swap=True)
+    gate_up, down = Tiles(16, 32, 128, 4, 4, swap=True), Tiles(16, 64, 128, 4, 4, swap=True)
     if pairs <= FEW_PAIRS:
         return Plan(gate_up, down, pairs=_power_of_two(pairs, 16, FEW_PAIRS), prefetch=65536)
-    if _streamed(shape):
-        gate_up, down = Tiles(rows, 64, 128, 4, 4, swap=True), Tiles(rows, 128, 64, 4, 4, swap=True)
     return Plan(gate_up, down, programs=16)
 
 
@@ -147,13 +149,16 @@ def table_name(gpu: str) -> str:
 def choose_plan(shape: Shape, gpu: str, batch_invariant: bool = False) -> Plan:
     """The tuned plan of the nearest token count above (or the largest below, if for many rows), else the default.
 
-    ``batch_invariant`` takes its tiles where they have the weights as left operand (see ``invariant_plan``).
+    ``batch_invariant`` takes it where it has the bits of ``invariant_plan``: by measurement, or as its tiles have the
+    weights as left operand.
     """
     plan = _tuned_plan(shape, gpu)
     if not batch_invariant:
         return plan or default_plan(shape)
     fixed = invariant_plan(shape)
-    return _weights_left(plan, fixed) if plan is not None and plan.tma and _streamed(shape) else fixed
+    if plan is None or not (plan.tma and _streamed(shape)):
+        return fixed
+    return plan if plan.invariant else _weights_left(plan, fixed)
 
 
 def _weights_left(plan: Plan, fixed: Plan) -> Plan:

@@ -156,7 +156,7 @@ def _parts(plan: Plan) -> Plan:
     """Tiles of the kernels that do what a last round leaves: half the columns, or quarters, two programs an SM."""
     rows, warps, stages = (1, 8, 6) if plan.rest == 2 else (2, 4, 4)
     gate_up, down = (
-        Tiles(tiles.block_m // rows, tiles.block_n // 2, 64, num_warps=warps, num_stages=stages)
+        Tiles(tiles.block_m // rows, tiles.block_n // 2, 64, num_warps=warps, num_stages=stages, swap=tiles.swap)
         for tiles in (plan.gate_up, plan.down)
     )
     return replace(plan, gate_up=gate_up, down=down)

@@ -28,11 +28,12 @@ from .fused_moe_config import (
     Shape,
     Tiles,
     default_plan,
+    invariant_plan,
     load_table,
     table_name,
 )
 from .graph_timer import GraphTimer
-from .random_layer import MAX_ERROR, Answer, random_layer
+from .random_layer import MAX_ERROR, Answer, make_order_tell, random_layer
 
 _SHARED_BYTES = 227 << 10  # of one SM of an H100 or H200
 _COMPILE_THREADS = 12
@@ -216,6 +217,11 @@ class Tuner:
         plan = self.decide(usable, rounds)
         return plan, self.results[plan]
 
+    def has_invariant_bits(self, plan: Plan) -> bool:
+        """Whether ``plan`` adds up in the order of ``invariant_plan``. Changes the layer: the last thing to ask."""
+        make_order_tell(self.hidden, self.gate_up, self.down)
+        return torch.equal(self.call(plan), self.call(invariant_plan(self.shape)))
+
 
 def _read(path: Path, gpu: str) -> dict[str, Any]:
     """The table at ``path``, an empty one where there is none yet. Raises ``ArgumentError`` before time is spent."""
@@ -271,6 +277,7 @@ def tune(
             continue
         tuner = Tuner(shape, total_experts, timer, device)
         plan, microseconds = tuner.search()
+        plan = replace(plan, invariant=tuner.has_invariant_bits(plan))
         save_plan(path, gpu, shape, plan, microseconds, source)
         progress(f"{shape.key()} T={shape.tokens}: {microseconds:.1f} us, {len(tuner.results)} plans, {plan}")
         del tuner

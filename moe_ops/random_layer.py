@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MAX_ERROR = 4e-3  # of bf16 against fp64, relative, in the Frobenius norm
 _CHECKED_ROWS = 512
+_LARGE = 2.0**12
 
 
 def random_layer(
@@ -39,6 +40,19 @@ def random_layer(
     gate_up = normal(shape.experts, 2 * shape.inner, shape.hidden, scale=shape.hidden**-0.5)
     down = normal(shape.experts, shape.hidden, shape.inner, scale=shape.inner**-0.5)
     return (normal(shape.tokens, shape.hidden), ids, weights / weights.sum(-1, keepdim=True)), (gate_up, down)
+
+
+def make_order_tell(hidden: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    """Change the first and last columns so that another order of additions changes bits: large products that cancel.
+
+    ``hidden (M, H)``, ``gate_up (E_l, 2I, H)`` with gate and up one after the other, ``down (E_l, H, I)``. Half of a
+    result's 8 bits are lost to the large ones; which half depends on what was added to what.
+    """
+    inner = down.shape[2]
+    hidden[:, 0], hidden[:, -1] = _LARGE, -_LARGE
+    gate_up[..., 0] = gate_up[..., -1] = 1.0
+    gate_up[:, inner - 1], gate_up[:, -1] = gate_up[:, 0], gate_up[:, inner]  # the last inner column is the first
+    down[..., 0], down[..., -1] = _LARGE, -_LARGE
 
 
 class Answer:

@@ -6,6 +6,7 @@ Needs one GPU with 80 GB.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from moe_ops.align import launch_align
 from moe_ops.fused_moe import launch_fused_moe, launch_fused_moe_pairs
 from moe_ops.fused_moe_config import Plan, Shape, Tiles, default_plan
 from moe_ops.moe_reference import fused_moe_reference
+from moe_ops.random_layer import make_order_tell
+from tests.moe_ops.launched import table_plans
 from tests.moe_ops.moe_cases import poisoned_memory
 from tests.moe_ops.moe_kernel_checks import PLANS
 from tests.tolerances import FUSED_MOE, relative_error
@@ -182,12 +185,48 @@ def test_no_row_is_live(plan):
     assert (out == 7).all()
 
 
+def _counts_of_table() -> dict[Shape, list[int]]:
+    counts: dict[Shape, list[int]] = {}
+    for shape, _ in table_plans():
+        counts.setdefault(replace(shape, tokens=0), []).append(shape.tokens)
+    return counts
+
+
+def _as_gpt_oss_lies(gate_up: Tensor, down: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+    """The same weights transposed, gate and up in turns; and the arguments that say so, with biases and a limit."""
+    experts, width, hidden = gate_up.shape
+    in_turns = gate_up.view(experts, 2, width // 2, hidden).transpose(1, 2).reshape(gate_up.shape)
+    up, out = (torch.randn(experts, 1, dtype=down.dtype, device="cuda") for _ in range(2))
+    biases = {"gate_up_bias": up.expand(-1, width).contiguous(), "down_bias": out.expand(-1, hidden).contiguous()}
+    form = {"activation": "swiglu_oai", "alpha": 1.702, "limit": 7.0, "transposed": True, "interleaved": True}
+    return [weight.transpose(1, 2).contiguous() for weight in (in_turns, down)], form | biases
+
+
+COUNTS = _counts_of_table()
+LAYERS = [(shape, gpt_oss) for shape in COUNTS for gpt_oss in (False, True) if not gpt_oss or shape.hidden == 2880]
+
+
+@pytest.mark.parametrize(("shape", "gpt_oss"), LAYERS, ids=str)
+def test_batch_invariant_rows_keep_their_bits_at_every_count_of_the_table(shape, gpt_oss):
+    """Every plan of the table meets the one for the most rows. Half of the slots are other ranks'."""
+    most, form = max(COUNTS[shape]), {}
+    layer = _layer(most, shape.top_k, shape.experts, shape.hidden, shape.inner)
+    make_order_tell(layer[0], layer[3], layer[4])
+    layer[1][torch.rand(layer[1].shape, device="cuda") < 0.5] = shape.experts
+    if gpt_oss:
+        layer[3:], form = _as_gpt_oss_lies(layer[3], layer[4])
+    whole = launch_fused_moe(*layer, _live(most), 0, batch_invariant=True, **form)
+    for count in COUNTS[shape]:
+        rows = [tensor[-count:] for tensor in layer[:3]]
+        part = launch_fused_moe(*rows, *layer[3:], _live(count), 0, batch_invariant=True, **form)
+        assert torch.equal(part, whole[-count:]), count
+
+
 @pytest.mark.parametrize("tokens", [4, 64, 512])
 def test_batch_invariant_pairs_of_tuned_plans_do_not_depend_on_the_rank_split(tokens):
     """Qwen3-30B's experts on one rank and on 2, 4 and 8, which take the table's plans for other numbers of experts."""
     hidden, ids, weights, gate_up, down = _layer(tokens, 8, 128, 2048, 768)
-    hidden[:, 0], hidden[:, -1] = 256.0, -256.0  # large products that cancel, far apart: the order of additions shows
-    gate_up[..., 0] = gate_up[..., -1] = 1.0
+    make_order_tell(hidden, gate_up, down)
     whole = launch_fused_moe_pairs(hidden, ids, weights, gate_up, down, _live(tokens), 0, batch_invariant=True)[0]
     for share in (64, 32, 16):
         for start in range(0, 128, share):

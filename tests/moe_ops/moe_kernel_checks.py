@@ -100,29 +100,6 @@ def test_out_is_written_in_its_dtype_and_rows_past_the_count_are_left():
     assert torch.equal(out[: ODD.live], wanted[: ODD.live]) and (out[ODD.live :] == 7).all()
 
 
-@pytest.mark.parametrize("rows", [1, 5, 37])
-def test_batch_invariant_rows_do_not_depend_on_the_batch(rows):
-    arguments, _ = build(replace(DIVISIBLE, live=None), {}, DTYPE, DEVICE)
-    whole = run(*arguments, batch_invariant=True)
-    hidden, ids, weights, *rest = arguments
-    order = torch.arange(DIVISIBLE.rows, device=hidden.device).flip(0)[:rows]
-    rest[2] = torch.tensor([rows], dtype=torch.int32, device=hidden.device)
-    part = run(hidden[order], ids[order], weights[order], *rest, batch_invariant=True)
-    assert torch.equal(part, whole[order])
-
-
-@pytest.mark.parametrize("rows", [1, 6, 40, 300] if ON_GPU else [1])
-def test_batch_invariance_holds_across_plans(rows):
-    """Counts far apart meet different tiles and kernels, and yet equal bits (fewer experts in the interpreter)."""
-    case = Case(rows=1500 if ON_GPU else 70, top_k=4, hidden=256 if ON_GPU else 64, inner=192 if ON_GPU else 64)
-    arguments, _ = build(case, {}, DTYPE, DEVICE)
-    whole = run(*arguments, batch_invariant=True)
-    hidden, ids, weights, *rest = arguments
-    rest[2] = torch.tensor([rows], dtype=torch.int32, device=hidden.device)
-    part = run(hidden[-rows:], ids[-rows:], weights[-rows:], *rest, batch_invariant=True)
-    assert torch.equal(part, whole[-rows:])
-
-
 def _slice(plan: Plan, change: dict) -> tuple[tuple, torch.Tensor, torch.Tensor]:
     """Arguments of a call of ``SLICE`` with NaN weights of remote slots, live rows by number of local slots, result."""
     case = replace(SLICE, **change)

@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_ops import fused_moe_into
-from moe_ops.fused_moe import launch_fused_moe, launch_fused_moe_pairs
-from moe_ops.fused_moe_config import Plan, Shape, default_plan
+from moe_ops.fused_moe import launch_fused_moe
 from tests.moe_ops.moe_cases import FORMS, Case, build, check, oracle, poisoned_memory
 from tests.moe_ops.moe_kernel_checks import DEVICE, DTYPE, ON_GPU, PLANS
 from tests.tolerances import FUSED_MOE, relative_error
@@ -50,72 +49,6 @@ def test_any_call_is_right(case: Case, form: str, plan: str, whole: bool, hint: 
         case = replace(case, hidden=case.hidden // 8 * 8, inner=case.inner // 8 * 8)
     case = replace(case, live=min(case.rows, case.live or 0), experts=max(case.experts, case.start + 1))
     check(launch_fused_moe, case, FORMS[form], torch.float16, DEVICE, plan=PLANS[plan], tokens_hint=hint)
-
-
-# Hints of which ``default_plan`` makes one regime, for 8 experts and K 4. Those of few rows choose tiles of 16 and, on
-# a GPU, 32 rows: numpy, for the interpreter, adds in an order that depends on the tile's size.
-HINTED = Case(rows=150, top_k=4, experts=8, local=8, start=0, hidden=40, inner=32, live=140)
-REGIMES = {
-    "few rows": (4, 9, 16, *[32] * ON_GPU),
-    "weights on the left": (33, 63),
-    "blocks of 64": (64, 128),
-    "blocks of 128": (129, 150, 1000),
-}
-
-
-def _regime(plan: Plan) -> tuple[bool, bool, int]:
-    return plan.pairs > 0, plan.gate_up.swap, 0 if plan.gate_up.swap else plan.gate_up.block_m
-
-
-def test_the_hints_are_of_four_regimes():
-    plans = {name: [_hinted_plan(hint) for hint in hints] for name, hints in REGIMES.items()}
-    assert all(len({_regime(plan) for plan in regime}) == 1 for regime in plans.values())
-    assert len({_regime(regime[0]) for regime in plans.values()}) == len(plans)
-    assert len(set(plans["few rows"])) > 1  # and some of one regime choose other tiles
-
-
-def _hinted_plan(hint: int) -> Plan:
-    sizes = HINTED.local, HINTED.top_k, HINTED.hidden, HINTED.inner
-    return default_plan(Shape(*sizes, min(hint, HINTED.rows)))
-
-
-@pytest.mark.parametrize("regime", REGIMES)
-def test_hints_of_one_regime_give_equal_bits_and_a_hint_may_be_too_low(regime):
-    """Of the 140 live rows most hints know nothing."""
-    results = [
-        check(launch_fused_moe, HINTED, {}, DTYPE, DEVICE, tokens_hint=hint)[: HINTED.live] for hint in REGIMES[regime]
-    ]
-    assert all(torch.equal(results[0], result) for result in results[1:])
-
-
-def _order_tells(case: Case) -> tuple[torch.Tensor, ...]:
-    """A call in which another order of additions changes bits of the pairs: large products that cancel, far apart."""
-    arguments, _ = build(case, {}, DTYPE, DEVICE)
-    hidden, gate_up, down, inner = arguments[0], arguments[3], arguments[4], case.inner
-    hidden[:, 0], hidden[:, -1] = 256.0, -256.0
-    gate_up[..., 0] = gate_up[..., -1] = 1.0
-    gate_up[:, inner - 1], gate_up[:, -1] = gate_up[:, 0], gate_up[:, inner]
-    down[..., 0], down[..., -1] = 64.0, -64.0
-    return arguments
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("rows", [1, 5, 60, *[10, 200] * ON_GPU])  # the last with tiles that depend on the split
-def test_batch_invariant_pairs_do_not_depend_on_the_rank_split(rows, ranks):
-    """A rank that has all experts makes the pairs that ranks with a part of them make, to the bit."""
-    case = Case(rows=rows, top_k=3, experts=8, local=8, start=0, hidden=64, inner=48)
-    hidden, ids, weights, gate_up, down, live, _ = _order_tells(case)
-    whole = launch_fused_moe_pairs(hidden, ids, weights, gate_up, down, live, 0, batch_invariant=True)[0]
-    share, seen = case.local // ranks, 0
-    for start in range(0, case.local, share):
-        own = slice(start, start + share)
-        part = launch_fused_moe_pairs(
-            hidden, ids, weights, gate_up[own], down[own], live, start, batch_invariant=True
-        )[0]  # fmt: skip
-        mine = ((ids >= start) & (ids < start + share)).view(-1)
-        assert torch.equal(part[mine], whole[mine])
-        seen += int(mine.sum())
-    assert seen == int(((ids >= 0) & (ids < case.local)).sum()) > 0
 
 
 class _NoCopyOf(TorchDispatchMode):

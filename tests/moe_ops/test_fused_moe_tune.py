@@ -82,7 +82,10 @@ def test_what_does_not_compile_is_not_timed(monkeypatch):
 
 
 def test_batch_invariant_mode_changes_only_tiles_with_the_weights_on_the_right(monkeypatch):
-    """Of a tuned plan for few rows; for many rows, whose two GEMMs share the height of blocks, it has its own plan."""
+    """Of a tuned plan for few rows; for many rows, whose two GEMMs share the height of blocks, it has its own plan.
+
+    None, where the plan was found to have the bits all the same.
+    """
     right, left = Tiles(16, 16, 256, 4, 5), Tiles(16, 64, 256, 4, 5, swap=True)
     few, many = Plan(right, left, pairs=16, prefetch=65536, slots=2), Plan(replace(right, block_m=64), left)
     table = {FEW.key(): {"4": few.to_json(), "512": many.to_json()}}
@@ -91,6 +94,28 @@ def test_batch_invariant_mode_changes_only_tiles_with_the_weights_on_the_right(m
     swapped = replace(invariant_plan(FEW).gate_up, block_m=16)
     assert swapped.swap and choose_plan(FEW, "some GPU", True) == replace(few, gate_up=swapped)
     assert choose_plan(MANY, "some GPU", True) == invariant_plan(MANY)
+    table[FEW.key()] = {"512": many.to_json() | {"invariant": True}}
+    assert choose_plan(MANY, "some GPU", True) == replace(many, invariant=True)
+    odd = replace(MANY, hidden=60)  # no bulk copies: the table was measured with them
+    table[odd.key()] = table[FEW.key()]
+    assert choose_plan(odd, "some GPU", True) == invariant_plan(odd)
+
+
+@pytest.mark.parametrize("bits", [True, False])
+def test_the_table_says_whether_a_plan_has_the_bits_of_batch_invariant_mode(monkeypatch, tmp_path, bits):
+    """Asked with products that cancel, after the last sample."""
+    clock = Clock(monkeypatch, lambda plan: 9.0, lambda plan: 0.0)
+    results = []
+
+    def launch(hidden, *inputs, plan: Plan, tokens_hint: int) -> torch.Tensor:
+        results.append((plan, float(hidden[0, 0] + hidden[0, -1])))
+        return torch.full((4,), float(not bits and plan != invariant_plan(FEW)))
+
+    search = tuner(FEW, clock)
+    plan = replace(default_plan(FEW), pdl=False)
+    monkeypatch.setattr(fused_moe_tune, "launch_fused_moe", launch)
+    assert search.has_invariant_bits(plan) == bits
+    assert results == [(plan, 0.0), (invariant_plan(FEW), 0.0)] and search.hidden[0, 0] > 1000
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
@@ -106,6 +131,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
                 raise KeyboardInterrupt
             return default_plan(self.shape), 9.0
 
+        def has_invariant_bits(self, plan: Plan) -> bool:
+            return self.shape.tokens == 16
+
     monkeypatch.setattr(fused_moe_tune, "Tuner", Search)
     monkeypatch.setattr(fused_moe_tune, "GraphTimer", lambda device: None)
     for name, value in (("current_device", 0), ("get_device_name", "some GPU"), ("empty_cache", None)):
@@ -118,7 +146,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
     assert searched == [4, 16, 16, 64, 4] and "already in table.json" in lines[0] and len(lines) == 4
     plans = json.loads(out.read_text())["plans"]
     assert {key: list(entries) for key, entries in plans.items()} == {FEW.key(): ["4", "16", "64"], other.key(): ["4"]}
-    assert all(Plan.from_json(plans[shape.key()][str(shape.tokens)]) == default_plan(shape) for shape, _ in points)
+    for shape, _ in points:
+        kept = Plan.from_json(plans[shape.key()][str(shape.tokens)])
+        assert kept == replace(default_plan(shape), invariant=shape.tokens == 16)
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -84,24 +84,23 @@ def _invariant_plans() -> list[tuple[Shape, Plan]]:
 
 
 def test_batch_invariant_mode_takes_plans_whose_bits_agree():
-    """Every element is one chain of ``wgmma`` with 64 weight columns on its left: no other kind of tile is among."""
+    """Those of the table that were found to, on the GPU; elsewhere the weights are on the left of every product."""
+    tuned = {Plan.from_json(entry) for table in load_table("nvidia_h200").values() for entry in table.values()}
     plans = _invariant_plans()
     for shape, plan in plans:
-        assert plan.tma and plan.gate_up.swap and plan.down.swap, (shape, plan)
-        assert not plan.rest and WIDE_ROWS not in (plan.gate_up.block_m, plan.down.block_m), (shape, plan)
-        assert not (plan.gate_up.special or plan.down.special), (shape, plan)
-        for tiles, parts in ((plan.gate_up, 2), (plan.down, 1)):
-            assert tiles.block_n * parts % 64 == 0 and tiles.block_m <= 64, (shape, tiles)
-    tuned = {Plan.from_json(entry) for table in load_table("nvidia_h200").values() for entry in table.values()}
+        found = plan in tuned and plan.invariant
+        assert plan.tma and (found or (plan.gate_up.swap and plan.down.swap)), (shape, plan)
     taken = {plan for _, plan in plans}
-    assert len(taken & tuned) > 5 and len(taken - tuned) > 5  # both ways are there to be checked
+    assert tuned <= taken and len(taken - tuned) > 5  # both ways are there to be checked
+
+
+def test_batch_invariant_mode_costs_nothing_at_the_points_of_the_table():
+    assert all(choose_plan(shape, GPU, batch_invariant=True) == plan for shape, plan in PLANS.values())
 
 
 @pytest.mark.parametrize("point", ["E128-K8-H2048-I768 T=16", "E128-K4-H2880-I2880 T=512"])
-def test_batch_invariant_plans_of_the_table_multiply_by_wgmma_alone(point):
-    shape, plan = PLANS[point]
-    assert choose_plan(shape, GPU, batch_invariant=True) == plan
-    for launch in launches(shape, plan):
+def test_plans_with_the_weights_on_the_left_multiply_by_wgmma_alone(point):
+    for launch in launches(*PLANS[point]):
         ptx = launch.compiled().asm["ptx"]
         if launch.kernel.startswith(("gate_up", "down")):
             assert "wgmma.mma_async" in ptx and "mma.sync.aligned.m" not in ptx
