@@ -1,11 +1,16 @@
 """Test settings: one thread a process, what runs where, and how the time that all tests take is kept short."""
 
 import os
+from pathlib import Path
+
+import tests.startup.sitecustomize  # noqa: F401
 
 # Inherited by every process that a test starts, and read by torch when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else a pool of processes for each that compiles
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else each compiles and runs three programs to see what works
+if (startup := str(Path(__file__).parent / "startup")) not in os.environ.get("PYTHONPATH", ""):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [startup, os.environ.get("PYTHONPATH")]))
 
 import pytest
 import torch

@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from multiprocessing import forkserver
 from threading import Lock
+from unittest import mock
 
 _starting = Lock()
 STARTERS = ("graphs.launch", "moe_ops.emulator.ranks")
@@ -26,10 +27,11 @@ COMPILED = [
 
 @cache
 def server(interpreted: bool) -> forkserver.ForkServer:
-    """The process to fork; it takes this one's environment and output."""
+    """The process to fork; it takes this one's environment and output, an interpreting one without the GPUs."""
     started = forkserver.ForkServer()
     started.set_forkserver_preload(INTERPRETED if interpreted else COMPILED)
-    started.ensure_running()
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""} if interpreted else {}):
+        started.ensure_running()
     return started
 
 

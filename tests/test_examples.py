@@ -17,7 +17,7 @@ PROMPTS = [[11, 12, 13], [21], [31, 32]]
 
 def run(name: str, *launcher: str) -> str:
     """What an example prints."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
     program = [sys.executable, *launcher, str(ROOT / "examples" / name)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """What is checked of every class of the experts interface; ``test_models.py`` starts two ranks once for all of it.
 
-Both ranks take part in the sharded forwards; of the checks that need one process, each rank does every other class.
+Both ranks take part in the sharded forwards; then each does, by itself, all other checks of every other class.
 """
 
 from __future__ import annotations
@@ -173,13 +173,13 @@ def run_models(rank: int, world_size: int, names: list[str], emit: Any = None) -
     """Body of one rank: outcomes by class and check."""
     torch.set_num_threads(1)
     outcomes: dict[str, dict[str, str | None]] = {name: {} for name in names}
-    for index, name in enumerate(names):
-        entry, start = experts_classes()[name], time.perf_counter()
-        outcomes[name]["two ranks"] = outcome(check_two_ranks, entry, rank)
+    for name in names:
+        outcomes[name]["two ranks"] = outcome(check_two_ranks, experts_classes()[name], rank)
         if (workspace := get_workspace(dist.group.WORLD.group_name)) is not None:
             dist.barrier()
             workspace.close()
-        if index % world_size == rank:
-            outcomes[name] |= {check: outcome(function, entry) for check, function in ALONE.items()}
-            print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    for name in names[rank::world_size]:
+        entry, start = experts_classes()[name], time.perf_counter()
+        outcomes[name] |= {check: outcome(function, entry) for check, function in ALONE.items()}
+        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return outcomes

@@ -26,7 +26,7 @@ def test_dry_run_compares_and_writes_rows(tmp_path: Path):
     out = tmp_path / "decode.csv"
     command = [sys.executable, str(BENCHMARKS / "bench_decode.py"), "--model", "tiny", "--layers", "2", "--batch", "3"]
     options = ["--max-len", "64", "--steps", "2", "--backend", "eager", "--csv", str(out)]
-    settings = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    settings = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS.parent), os.environ["PYTHONPATH"]])}
     done = subprocess.run([*command, *options], env=settings, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     with out.open() as file:

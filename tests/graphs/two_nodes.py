@@ -51,7 +51,8 @@ class NodeOutput(NamedTuple):
 def run_on_both(command: list[str], timeout_s: float) -> tuple[int, list[NodeOutput]]:
     """Run ``command`` on both nodes at once; exit status and what each printed. If one fails, the other is ended."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"FOLDER": folder, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        settings = {"FOLDER": folder, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         # --kill-child with a process namespace: when the script ends, everything in it does
         nodes = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         if os.getuid() != 0:
