@@ -37,7 +37,8 @@ def _started(arguments: list[str], timeout_s: float) -> tuple[int, str]:
 def _forked(arguments: list[str], timeout_s: float) -> tuple[int | None, str]:
     """The same in a fork of the process that interprets and has imported everything (``tests/forked.py``)."""
     with tempfile.NamedTemporaryFile("r") as output:
-        process = multiprocessing.get_context("forkserver").Process(target=_check, args=(arguments, output.name), daemon=True)
+        context = multiprocessing.get_context("forkserver")
+        process = context.Process(target=_check, args=(arguments, output.name), daemon=True)
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
             process.start()
         process.join(timeout_s)
