@@ -5,6 +5,7 @@ subtracted, the median reported. The floor is ``shapes.LayerShape.floor_us``.
 
     python benchmarks/bench_fused_moe.py --peers --csv out.csv --plot out.png       # the whole registry
     python benchmarks/bench_fused_moe.py --shapes mixtral --tokens 64,8192 --profile
+    python benchmarks/bench_fused_moe.py --layers                                   # as in a decode step's graph
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import moe_layers
 import peers
 import torch
+from moe_points import checked, floor_of, tuner_of
 from moe_steps import print_steps
 from shapes import SHAPES, TOKENS, LayerShape, peer_fraction
 from torch import Tensor
 
-from moe_ops.fused_moe_config import Shape, choose_plan
-from moe_ops.fused_moe_tune import Tuner
+from moe_ops.fused_moe_config import choose_plan
 from moe_ops.graph_timer import GraphTimer
-from moe_ops.random_layer import MAX_ERROR, Answer
+from moe_ops.random_layer import Answer
 
 SLACK_US = 10.0  # the aim where the floor is short
 PEER_MAX_ERROR = 1e-2  # others round more often
@@ -69,24 +71,6 @@ class Point:
 
 
 HEADER = "shape            rows        us  floor us  frac.    above     error  vsref vsrun invar"
-
-
-def tuner_of(layer: LayerShape, tokens: int, timer: GraphTimer) -> Tuner:
-    shape = Shape(layer.local_experts, layer.top_k, layer.hidden, layer.inner, tokens)
-    return Tuner(shape, layer.experts, timer, torch.device("cuda"))
-
-
-def floor_of(layer: LayerShape, tuner: Tuner) -> float:
-    local = tuner.ids[tuner.ids < layer.local_experts]
-    return layer.floor_us(tuner.shape.tokens, local.numel(), local.unique().numel())
-
-
-def checked(name: str, call: Callable[[], Tensor], answer: Answer, limit: float = MAX_ERROR) -> float:
-    """The relative error of a call, which must be right before it may be timed."""
-    error = answer.error_of(call())
-    if not error <= limit:
-        raise AssertionError(f"{name}: relative error {error:.2e} > {limit}; not timed")
-    return error
 
 
 def peer_us(name: str, call: Callable[[], Tensor], answer: Answer, timer: GraphTimer, repeats: int) -> float | None:
@@ -178,6 +162,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="print each kernel's own time")
     parser.add_argument("--clean", action="store_true", help="leave no written lines in L2 (see GraphTimer)")
     parser.add_argument("--steps", action="store_true", help="check and time align and the top-k sum, nothing else")
+    parser.add_argument("--layers", action="store_true", help="time a layer in a graph of layers, nothing else")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -200,6 +185,12 @@ def main() -> None:
     wanted = [(SHAPES[s], int(t)) for s in args.shapes.split(",") for t in args.tokens.split(",")]
     if args.steps:
         print_steps(timer, args.repeats)
+        return
+    if args.layers:
+        print(moe_layers.HEADER)
+        for layer, tokens in wanted:
+            print(moe_layers.line(layer, tokens, timer, args.repeats), flush=True)
+            torch.cuda.empty_cache()
         return
     began, points = time.monotonic(), []
     print(HEADER, flush=True)

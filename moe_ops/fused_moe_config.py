@@ -22,7 +22,8 @@ class Tiles:
     ``swap`` makes the weights the left operand of the tensor cores (bulk copies only): for few rows.
     ``block_m = WIDE_ROWS`` (many rows, both GEMMs): see ``fused_moe_wide_kernels``; where they do not suit, 128 rows.
     ``flat`` (many rows) runs all tiles of a program as one pipelined loop. ``special`` (many rows, second GEMM, bulk
-    copies) gives loads, and each half of ``block_m = 128``, warps of their own, ``num_warps`` each.
+    copies) gives loads, and each half of ``block_m = 128``, warps of their own, ``num_warps`` each. ``keep`` (blocks
+    of powers of two) asks L2 to evict other lines before those that the GEMM writes and the next kernel reads.
     """
 
     block_m: int
@@ -33,6 +34,7 @@ class Tiles:
     swap: bool = False
     flat: bool = False
     special: bool = False
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,29 @@ class Shape:
 FEW_PAIRS = 128  # above it (H200, Qwen3-30B, 512 pairs: 400 against 282 us) an align launch pays
 TALLEST_BLOCK = 128  # rows; a tuned plan with shorter blocks says nothing of more rows than it was measured with
 MAX_FEW_PAIRS = 1024  # what one chunk of the few-rows kernels holds
+KEPT_BYTES = 16 << 20  # of activations and pairs that L2 is asked to keep; an H200's holds 50 MB
 
 
 def _power_of_two(value: int, low: int, high: int) -> int:
     return min(max(1 << max(value - 1, 0).bit_length(), low), high)
 
 
+def keeping(plan: Plan, shape: Shape) -> Plan:
+    """``plan`` with ``keep`` on where what both GEMMs write is small (16-bit elements), and off elsewhere.
+
+    A rule, because ``tune`` cannot tell: what is kept outlives its flush, so that a repeated call finds more than a
+    layer does. Measured in graphs of layers (``bench_fused_moe --layers``).
+    """
+    keep = 2 * shape.tokens * shape.top_k * (shape.hidden + shape.inner) <= KEPT_BYTES
+    return replace(plan, gate_up=replace(plan.gate_up, keep=keep), down=replace(plan.down, keep=keep))
+
+
 def default_plan(shape: Shape) -> Plan:
     """Heuristics from the sizes alone, chosen from tuned plans of an H200; ``tune`` may beat them."""
+    return keeping(_default_tiles(shape), shape)
+
+
+def _default_tiles(shape: Shape) -> Plan:
     pairs = shape.tokens * shape.top_k
     mean = pairs / shape.experts  # with experts spread over ranks the true mean is smaller
     if pairs <= FEW_PAIRS:

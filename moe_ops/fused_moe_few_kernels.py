@@ -98,7 +98,7 @@ def gate_up_few_kernel(
     TOP_K: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, TRANSPOSED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
     PAIRS: tl.constexpr, BY_PAIR: tl.constexpr, PDL: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``act[pair] = act(x[pair // K] @ gate_up[expert] + bias)``. Grid: (tiles of I, programs that share the slots)."""
@@ -124,7 +124,7 @@ def gate_up_few_kernel(
                     hidden, inner, alpha, limit, ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT,
                     TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
                 )  # fmt: skip
-                store_tile(act_ptr, pairs, rows, tile, inner, inner_rows, BLOCK_N)
+                store_tile(act_ptr, pairs, rows, tile, inner, inner_rows, BLOCK_N, KEEP)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def down_few_kernel(
     num_rows, expert_start, num_experts, hidden, inner,
     TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr,
     PAIRS: tl.constexpr, BY_PAIR: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
-    TMA: tl.constexpr, SWAP: tl.constexpr,
+    TMA: tl.constexpr, SWAP: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """``out[pair] = act[pair] @ down[expert] + bias``. Grid: (tiles of H, programs that share the slots).
@@ -162,6 +162,6 @@ def down_few_kernel(
                     act_ptr, pairs * inner, rows, w, bias_ptr, expert, tile, hidden, inner,
                     TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
                 )  # fmt: skip
-                store_tile(out_ptr, pairs, rows, tile, hidden, acc, BLOCK_N)
+                store_tile(out_ptr, pairs, rows, tile, hidden, acc, BLOCK_N, KEEP)
     if PDL:  # also where nothing was live: who waits for this kernel must have waited for the one before
         tl.extra.cuda.gdc_wait()

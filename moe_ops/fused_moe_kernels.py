@@ -191,8 +191,13 @@ def down_tile(
 
 
 @triton.jit
-def store_tile(out_ptr, out_rows, row_mask, tile, width, acc, BLOCK_N: tl.constexpr):
-    """Round once and store a tile; ``out_rows`` int64 row numbers of a contiguous ``(*, width)`` tensor."""
+def store_tile(out_ptr, out_rows, row_mask, tile, width, acc, BLOCK_N: tl.constexpr, KEEP: tl.constexpr):
+    """Round once and store a tile; ``out_rows`` int64 row numbers of a contiguous ``(*, width)`` tensor.
+
+    KEEP: L2 is to evict other lines first.
+    """
+    policy: tl.constexpr = "evict_last" if KEEP else ""
     cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = row_mask[:, None] & (cols < width)[None, :]
-    tl.store(out_ptr + out_rows[:, None] * width + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    where = out_ptr + out_rows[:, None] * width + cols[None, :]
+    tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=mask, eviction_policy=policy)

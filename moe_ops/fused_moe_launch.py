@@ -80,7 +80,7 @@ def _weights(weight: Tensor, parts: int, transposed: bool, tiles: Tiles, tma: bo
         source = weight
     return source, {
         "TMA": tma, "SWAP": tma and tiles.swap, "EVEN_K": depth % tiles.block_k == 0,
-        "BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k,
+        "BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k, "KEEP": tiles.keep,
         "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
     }  # fmt: skip
 
@@ -155,11 +155,12 @@ def _power_of_two_rows(tiles: Tiles) -> Tiles:
 def _parts(plan: Plan) -> Plan:
     """Tiles of the kernels that do what a last round leaves: half the columns, or quarters, two programs an SM."""
     rows, warps, stages = (1, 8, 6) if plan.rest == 2 else (2, 4, 4)
-    gate_up, down = (
-        Tiles(tiles.block_m // rows, tiles.block_n // 2, 64, num_warps=warps, num_stages=stages, swap=tiles.swap)
-        for tiles in (plan.gate_up, plan.down)
-    )
-    return replace(plan, gate_up=gate_up, down=down)
+
+    def part(whole: Tiles) -> Tiles:
+        sizes = whole.block_m // rows, whole.block_n // 2, 64, warps, stages
+        return Tiles(*sizes, swap=whole.swap, keep=whole.keep)
+
+    return replace(plan, gate_up=part(plan.gate_up), down=part(plan.down))
 
 
 def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: bool) -> None:

@@ -54,7 +54,10 @@ def is_pair(places, num_pairs, LONE: tl.constexpr):
 
 
 @triton.jit
-def store_pairs(pairs_ptr, places, row_mask, tile, width, acc, factor, LONE: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_pairs(
+    pairs_ptr, places, row_mask, tile, width, acc, factor,
+    LONE: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
     """Store a tile of the second GEMM to the rows of pairs ``places``; with LONE where and as ``destinations`` says.
 
     Then it is rounded as a pair's row is, and again as ``topk_sum_kernel`` rounds a sum of one. Rows begin at multiples
@@ -66,6 +69,8 @@ def store_pairs(pairs_ptr, places, row_mask, tile, width, acc, factor, LONE: tl.
         # the sum begins with a zero, which decides about -0; the factor 1 is exact
         value = acc.to(kind).to(tl.float32) * factor[:, None] + 0.0
         rows = tl.multiple_of(places.to(tl.pointer_type(kind)), 16)
-        tl.store(rows[:, None] + cols[None, :], value.to(kind), mask=row_mask[:, None] & (cols < width)[None, :])
+        policy: tl.constexpr = "evict_last" if KEEP else ""
+        mask = row_mask[:, None] & (cols < width)[None, :]
+        tl.store(rows[:, None] + cols[None, :], value.to(kind), mask=mask, eviction_policy=policy)
     else:
-        store_tile(pairs_ptr, places.to(tl.int64), row_mask, tile, width, acc, BLOCK_N)
+        store_tile(pairs_ptr, places.to(tl.int64), row_mask, tile, width, acc, BLOCK_N, KEEP)

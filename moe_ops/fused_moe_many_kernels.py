@@ -59,7 +59,7 @@ def gate_up_many_kernel(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FLAT: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``act[position] = act(x[sorted[position] // K] @ gate_up[expert] + bias)``. Grid: persistent.
 
@@ -87,7 +87,7 @@ def gate_up_many_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
         # padding rows too: the second projection reads whole blocks
-        store_tile(act_ptr, position, position >= 0, tile, inner, inner_rows, BLOCK_N)
+        store_tile(act_ptr, position, position >= 0, tile, inner, inner_rows, BLOCK_N, KEEP)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def down_many_kernel(
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, BOX_ROWS: tl.constexpr, LONE: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, FLAT: tl.constexpr,
-    SPECIAL: tl.constexpr, WHOLE: tl.constexpr,
+    SPECIAL: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``pairs[sorted[position]] = act[position] @ down[expert] + bias``. Grid: persistent.
 
@@ -132,4 +132,4 @@ def down_many_kernel(
         if LONE and not SPECIAL:
             place, factor = across(place, BLOCK_M), across(factor, BLOCK_M)
             rows = is_pair(place, num_pairs, LONE)
-        store_pairs(pairs_ptr, place, rows, tile, hidden, acc, factor, LONE, BLOCK_N)
+        store_pairs(pairs_ptr, place, rows, tile, hidden, acc, factor, LONE, BLOCK_N, KEEP)

@@ -24,6 +24,7 @@ def gate_up_rest_kernel(
     INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Parts of the tiles that ``gate_up_many_kernel`` with ``programs`` programs leaves. Grid: any."""
     if PDL:
@@ -39,7 +40,7 @@ def gate_up_rest_kernel(
             tl.load(expert_ids_ptr + rows_part // (PARTS // 2)), tile, hidden, inner, alpha, limit,
             ACT, GATED, TRANSPOSED, INTERLEAVED, HAS_BIAS, HAS_LIMIT, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
         )  # fmt: skip
-        store_tile(act_ptr, position, position >= 0, tile, inner, inner_rows, BLOCK_N)
+        store_tile(act_ptr, position, position >= 0, tile, inner, inner_rows, BLOCK_N, KEEP)
     if PDL:  # the next kernel waits for this one alone
         tl.extra.cuda.gdc_wait()
 
@@ -51,6 +52,7 @@ def down_rest_kernel(
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr, LONE: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Parts of the tiles that ``down_many_kernel`` with ``programs`` programs leaves. Grid: any."""
     if PDL:
@@ -66,6 +68,6 @@ def down_rest_kernel(
             act, first, rows, w, bias_ptr, tl.load(expert_ids_ptr + rows_part // (PARTS // 2)), tile, hidden, inner,
             TRANSPOSED, HAS_BIAS, TMA, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, True,
         )  # fmt: skip
-        store_pairs(pairs_ptr, place, rows, tile, hidden, acc, factor, LONE, BLOCK_N)
+        store_pairs(pairs_ptr, place, rows, tile, hidden, acc, factor, LONE, BLOCK_N, KEEP)
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -29,6 +29,7 @@ from .fused_moe_config import (
     Tiles,
     default_plan,
     invariant_plan,
+    keeping,
     load_table,
     table_name,
 )
@@ -109,6 +110,10 @@ def _many_starts(shape: Shape) -> Iterator[Plan]:
 
 def starting_plans(shape: Shape) -> Iterator[Plan]:
     """One plan for each way of launching that may suit ``shape``; the tiles are varied from there."""
+    yield from (keeping(plan, shape) for plan in _starts(shape))
+
+
+def _starts(shape: Shape) -> Iterator[Plan]:
     pairs = shape.tokens * shape.top_k
     yield default_plan(shape)
     if pairs <= MAX_FEW_PAIRS:
@@ -124,9 +129,10 @@ def neighbours(plan: Plan, which: str) -> Iterator[Plan]:
         candidates = _wide_tiles(parts)
     else:
         candidates = _few_tiles(rows, parts) if plan.pairs or rows < 64 else _many_tiles(rows, parts)
+    keep = getattr(plan, which).keep
     for tiles in candidates:
         if _fits(tiles, parts):
-            yield replace(plan, **{which: tiles})
+            yield replace(plan, **{which: replace(tiles, keep=keep)})
 
 
 def launching_variants(plan: Plan) -> Iterator[Plan]:

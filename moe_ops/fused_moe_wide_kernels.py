@@ -152,7 +152,7 @@ def _store_rows(
         bias = tl.load(bias_ptr + expert * hidden + cols, mask=cols < hidden, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     pairs = tl.load(sorted_ptr + first + tl.arange(0, ROWS))
-    store_tile(out_ptr, pairs.to(tl.int64), pairs < num_pairs, tile, hidden, acc, BLOCK_N)
+    store_tile(out_ptr, pairs.to(tl.int64), pairs < num_pairs, tile, hidden, acc, BLOCK_N, False)
 
 
 @triton.jit

@@ -31,14 +31,17 @@ class GraphTimer:
         word = torch.zeros(1, dtype=torch.int32, device=self._flushed.device)
         return self.median_us(word.zero_)
 
-    def samples(self, call: Callable[[], object], repeats: int) -> list[float]:
-        """Microseconds of ``repeats`` replays, between two events around each."""
-        return self.in_turns([call], repeats)[0]
+    def samples(self, call: Callable[[], object], repeats: int, flush: bool = True) -> list[float]:
+        """Microseconds of ``repeats`` replays, between two events around each. ``flush``: see ``in_turns``."""
+        return self.in_turns([call], repeats, flush)[0]
 
-    def in_turns(self, calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-        """``rounds`` samples of each call, one of each a round: what heats or slows the GPU meets all alike."""
+    def in_turns(self, calls: Sequence[Callable[[], object]], rounds: int, flush: bool = True) -> list[list[float]]:
+        """``rounds`` samples of each call, one of each a round: what heats or slows the GPU meets all alike.
+
+        ``flush``: False where each call itself reads more than L2 holds; then nothing is written before.
+        """
         graphs = [self._captured(call) for call in calls]
-        events = [[self._replay(graph) for graph in graphs] for _ in range(rounds)]
+        events = [[self._replay(graph, flush) for graph in graphs] for _ in range(rounds)]
         torch.cuda.synchronize()
         return [[1e3 * start.elapsed_time(end) for start, end in column] for column in zip(*events, strict=True)]
 
@@ -53,9 +56,10 @@ class GraphTimer:
             graph.replay()
         return graph
 
-    def _replay(self, graph: torch.cuda.CUDAGraph) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _replay(self, graph: torch.cuda.CUDAGraph, flush: bool) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush()
+        if flush:
+            self.flush()
         start.record()
         graph.replay()
         end.record()

@@ -199,6 +199,15 @@ def test_candidates_fit_into_an_sm_and_try_rows_with_one_pair():
                 assert stage * tiles.num_stages < 227 << 10
 
 
+@pytest.mark.parametrize(("tokens", "keep"), [(4096, True), (131072, False)])
+def test_l2_keeps_what_is_small_whatever_the_tiles(tokens, keep):
+    """2 * tokens * K * (H + I) bytes, of 16 MB; the timer cannot tell, so that the search does not ask."""
+    shape = replace(MANY, tokens=tokens)
+    plans = list(starting_plans(shape))
+    plans += [plan for start in plans for which in ("gate_up", "down") for plan in neighbours(start, which)]
+    assert {kept for plan in plans for kept in (plan.gate_up.keep, plan.down.keep)} == {keep}
+
+
 def test_a_routing_touches_as_many_experts_as_is_to_be_expected():
     for tokens, touched in ((1, 1), (4, 4), (16, 10)):  # of the 16 experts of 128, eight a token
         (_, ids, _), _ = random_layer(Shape(16, 8, 8, 8, tokens), 128, torch.device("cpu"))

@@ -34,7 +34,7 @@ DIVISIBLE = ("x_stride", "hidden", "inner", "out_stride", "width")  # by 16, whi
 FORM = {
     "TOP_K": 8, "ACT": "silu", "GATED": True, "TRANSPOSED": False, "INTERLEAVED": False, "HAS_BIAS": False,
     "HAS_LIMIT": False, "TMA": True, "EVEN_K": True, "PDL": True, "BOX_ROWS": True, "GROUP": 8, "BY_PAIR": False,
-    "LONE": False,
+    "LONE": False, "KEEP": False,
 }  # fmt: skip
 
 

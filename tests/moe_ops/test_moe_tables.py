@@ -98,6 +98,14 @@ def test_batch_invariant_mode_costs_nothing_at_the_points_of_the_table():
     assert all(choose_plan(shape, GPU, batch_invariant=True) == plan for shape, plan in PLANS.values())
 
 
+@pytest.mark.parametrize(("point", "keep"), [("E128-K8-H2048-I768 T=16", True), ("E128-K4-H2880-I2880 T=512", False)])
+def test_l2_is_asked_to_keep_what_the_next_kernel_reads(point, keep):
+    """Of all that a call launches the stores of the two GEMMs alone."""
+    for launch in launches(*PLANS[point]):
+        asked = "st.global.L1::evict_last.L2::cache_hint" in launch.compiled().asm["ptx"]
+        assert asked == (keep and launch.kernel.startswith(("gate_up", "down"))), launch.kernel
+
+
 @pytest.mark.parametrize("point", ["E128-K8-H2048-I768 T=16", "E128-K4-H2880-I2880 T=512"])
 def test_plans_with_the_weights_on_the_left_multiply_by_wgmma_alone(point):
     for launch in launches(*PLANS[point]):
@@ -114,9 +122,11 @@ def test_what_a_plan_asks_for_reaches_its_kernels(point):
             continue
         given = {launch.source.fn.arg_names[at[0]]: value for at, value in launch.source.constants.items()}
         tiles = plan.gate_up if launch.kernel.startswith("gate_up") else plan.down
-        wanted = {"PDL": plan.pdl, "SWAP": tiles.swap, "TMA": plan.tma, "GROUP": plan.group, "PREFETCH": plan.prefetch}
+        wanted = {"PDL": plan.pdl, "SWAP": tiles.swap, "TMA": plan.tma, "GROUP": plan.group, "KEEP": tiles.keep}
+        wanted |= {"PREFETCH": plan.prefetch}
         if "rest" not in launch.kernel:
             wanted |= {"FLAT": tiles.flat, "SPECIAL": tiles.special, "WHOLE": plan.rest > 0, "BLOCK_N": tiles.block_n}
         known = wanted.keys() & given.keys()
         assert {"PDL", "GROUP" if not plan.pairs else "SWAP"} <= known
+        assert ("KEEP" in known) == (tiles.block_m != WIDE_ROWS)
         assert {name: given[name] for name in known} == {name: wanted[name] for name in known}, launch.kernel
