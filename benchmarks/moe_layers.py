@@ -22,6 +22,7 @@ from moe_ops.graph_timer import FLUSH_BYTES, GraphTimer
 from moe_ops.random_layer import Answer
 
 LEAST_LAYERS = 5
+SETTLING = 7  # times as many replays before those that count: the check in fp64 leaves the GPU at another clock
 HEADER = "shape            rows  layers  us a layer  floor us  frac.    above"
 
 Call = Callable[[], Tensor]
@@ -54,7 +55,8 @@ def check(name: str, tuner: Tuner, calls: list[Call]) -> None:
 
 def us_of_a_layer(calls: list[Call], timer: GraphTimer, repeats: int) -> float:
     """One graph of all calls, one replay after the other."""
-    return median(timer.samples(lambda: [call() for call in calls][-1], repeats, flush=False)) / len(calls)
+    samples = timer.samples(lambda: [call() for call in calls][-1], (1 + SETTLING) * repeats, flush=False)
+    return median(samples[-repeats:]) / len(calls)
 
 
 def line(layer: LayerShape, tokens: int, timer: GraphTimer, repeats: int) -> str:
