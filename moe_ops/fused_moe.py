@@ -223,7 +223,7 @@ interleaved                gate and up alternate along 2I instead of lying one a
 gate_up_bias, down_bias    (E_l, 2I) and (E_l, H), in hidden's dtype
 tokens_hint                how many rows are usually live; only speed depends on it
 out_dtype                  bf16, fp16 or fp32; hidden's by default
-batch_invariant            a row's bits depend on nothing but the row: only plans that sum in one order for all counts
+batch_invariant            a row's bits depend on nothing but the row: only plans that add in one order for all counts
 
 Raises ``ShapeError``, ``DtypeError``, ``DeviceError``, ``ArgumentError``.
 """
