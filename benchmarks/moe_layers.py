@@ -30,9 +30,9 @@ Call = Callable[[], Tensor]
 
 def layers_of(tuner: Tuner) -> list[tuple[Tensor, Tensor]]:
     """``(gate_up, down)`` of as many layers as read several times what L2 holds: the tuner's, in other places."""
-    local = tuner.ids[tuner.ids < tuner.shape.experts]
-    touched = local.unique().numel() * (tuner.gate_up[0].nbytes + tuner.down[0].nbytes)
-    count = max(LEAST_LAYERS, math.ceil(FLUSH_BYTES / max(touched, 1)))
+    touched = tuner.ids[tuner.ids < tuner.shape.experts].unique().numel()
+    read = max(touched, 1) * (tuner.gate_up[0].nbytes + tuner.down[0].nbytes)
+    count = max(LEAST_LAYERS, math.ceil(FLUSH_BYTES / read))
     return [(tuner.gate_up.roll(place, 0), tuner.down.roll(place, 0)) for place in range(count)]
 
 

@@ -225,8 +225,11 @@ class Tuner:
 
     def has_invariant_bits(self, plan: Plan) -> bool:
         """Whether ``plan`` adds up in the order of ``invariant_plan``. Changes the layer: the last thing to ask."""
+        fixed = invariant_plan(self.shape)
+        if not self._compiles(fixed):
+            return False
         make_order_tell(self.hidden, self.gate_up, self.down)
-        return torch.equal(self.call(plan), self.call(invariant_plan(self.shape)))
+        return torch.equal(self.call(plan), self.call(fixed))
 
 
 def _read(path: Path, gpu: str) -> dict[str, Any]:

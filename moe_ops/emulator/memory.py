@@ -1,7 +1,7 @@
 """Memory that several CPU processes share, in place of torch symmetric memory.
 
 Each rank makes one file in ``/dev/shm`` and maps those of all ranks. The names are unlinked as soon as
-everybody has mapped them, so nothing stays behind however a process ends. The multicast address is an
+everybody has mapped them: only a process killed before that leaves its own behind. The multicast address is an
 inaccessible mapping of the same size: it means something to the PTX machine only, and a plain access
 to it faults.
 """

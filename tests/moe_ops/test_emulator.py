@@ -60,14 +60,18 @@ def share_memory(rank: Rank) -> list[int]:
     """Every rank writes its byte into the peer's memory through the peer's address. Returns files left behind."""
     import ctypes
 
+    def files() -> set[Path]:
+        return set(Path("/dev/shm").glob(f"moe_ep_{os.getpid()}_*"))
+
+    before = files()  # of a process that was killed and had this one's number
     channel = rank.channel(LAYOUT)
     peer = 1 - rank.rank
     ctypes.memset(int(channel.buffer.peer_ptrs[peer]) + 7, rank.rank + 1, 1)
     rank.meet()
     seen = int(channel.buffer.local[7])
-    names = [path for path in Path("/dev/shm").glob("moe_ep_*") if path.name.startswith(f"moe_ep_{os.getpid()}_")]
+    left = files() - before
     channel.close()
-    return [seen, len(names)]
+    return [seen, len(left)]
 
 
 def test_memory_is_shared_and_leaves_no_file():

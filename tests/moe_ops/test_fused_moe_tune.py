@@ -101,21 +101,22 @@ def test_batch_invariant_mode_changes_only_tiles_with_the_weights_on_the_right(m
     assert choose_plan(odd, "some GPU", True) == invariant_plan(odd)
 
 
-@pytest.mark.parametrize("bits", [True, False])
-def test_the_table_says_whether_a_plan_has_the_bits_of_batch_invariant_mode(monkeypatch, tmp_path, bits):
-    """Asked with products that cancel, after the last sample."""
-    clock = Clock(monkeypatch, lambda plan: 9.0, lambda plan: 0.0)
-    results = []
+@pytest.mark.parametrize("case", ["equal", "other bits", "does not fit"])
+def test_the_table_says_whether_a_plan_has_the_bits_of_batch_invariant_mode(monkeypatch, case):
+    """Asked with products that cancel; no, where the plan of that mode does not run on this GPU."""
+    search = tuner(FEW, Clock(monkeypatch, lambda plan: 9.0, lambda plan: 0.0))
+    plan, fixed, asked = replace(default_plan(FEW), pdl=False), invariant_plan(FEW), []
 
     def launch(hidden, *inputs, plan: Plan, tokens_hint: int) -> torch.Tensor:
-        results.append((plan, float(hidden[0, 0] + hidden[0, -1])))
-        return torch.full((4,), float(not bits and plan != invariant_plan(FEW)))
+        if plan == fixed and case == "does not fit":
+            raise RuntimeError("out of resource: shared memory")
+        if int(inputs[4]):  # live rows: not only to see whether it compiles
+            asked.append((plan, float(hidden[0, 0]) > 1000, float(hidden[0, 0] + hidden[0, -1])))
+        return torch.full((4,), float(case == "other bits" and plan != fixed))
 
-    search = tuner(FEW, clock)
-    plan = replace(default_plan(FEW), pdl=False)
     monkeypatch.setattr(fused_moe_tune, "launch_fused_moe", launch)
-    assert search.has_invariant_bits(plan) == bits
-    assert results == [(plan, 0.0), (invariant_plan(FEW), 0.0)] and search.hidden[0, 0] > 1000
+    assert search.has_invariant_bits(plan) == (case == "equal")
+    assert asked == ([] if case == "does not fit" else [(plan, True, 0.0), (fixed, True, 0.0)])
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
