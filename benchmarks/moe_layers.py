@@ -16,7 +16,6 @@ from shapes import LayerShape
 from torch import Tensor
 
 from moe_ops.fused_moe import launch_fused_moe
-from moe_ops.fused_moe_config import Plan
 from moe_ops.fused_moe_tune import Tuner
 from moe_ops.graph_timer import FLUSH_BYTES, GraphTimer
 from moe_ops.random_layer import Answer
@@ -36,11 +35,12 @@ def layers_of(tuner: Tuner) -> list[tuple[Tensor, Tensor]]:
     return [(tuner.gate_up.roll(place, 0), tuner.down.roll(place, 0)) for place in range(count)]
 
 
-def calls_of(tuner: Tuner, plan: Plan | None) -> list[Call]:
+def calls_of(tuner: Tuner) -> list[Call]:
     """A call for each layer, all on the same rows."""
-    inputs, more = (tuner.hidden, tuner.ids, tuner.weights), {"plan": plan, "tokens_hint": tuner.shape.tokens}
+    inputs, hint = (tuner.hidden, tuner.ids, tuner.weights), tuner.shape.tokens
     return [
-        partial(launch_fused_moe, *inputs, gate_up, down, tuner.live, 0, **more) for gate_up, down in layers_of(tuner)
+        partial(launch_fused_moe, *inputs, gate_up, down, tuner.live, 0, tokens_hint=hint)
+        for gate_up, down in layers_of(tuner)
     ]
 
 
@@ -60,8 +60,9 @@ def us_of_a_layer(calls: list[Call], timer: GraphTimer, repeats: int) -> float:
 
 
 def line(layer: LayerShape, tokens: int, timer: GraphTimer, repeats: int) -> str:
+    """A point of the table, checked, then timed."""
     tuner, name = tuner_of(layer, tokens, timer), f"{layer.name} T={tokens}"
-    calls, floor = calls_of(tuner, None), floor_of(layer, tuner)
+    calls, floor = calls_of(tuner), floor_of(layer, tuner)
     check(name, tuner, calls)
     us = us_of_a_layer(calls, timer, repeats)
     sizes = f"{layer.name:16} {tokens:5d} {len(calls):7d}"

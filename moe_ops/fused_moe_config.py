@@ -50,7 +50,7 @@ class Plan:
     ``slots`` (few rows): programs for each tile, about as many as there are local pairs; more pairs are looped over.
     0: one for each pair of a chunk, or for each expert where these are fewer.
     ``lone`` (many rows): the second GEMM writes rows with one local pair to the result where it can.
-    ``invariant``: ``moe-ep tune`` found that it gives the bits of ``invariant_plan``.
+    ``invariant``: whether ``moe-ep tune`` found that it gives the bits of ``invariant_plan``; None: it was not asked.
     """
 
     gate_up: Tiles
@@ -64,7 +64,7 @@ class Plan:
     prefetch: int = 0
     slots: int = 0
     lone: bool = False
-    invariant: bool = False
+    invariant: bool | None = None
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> Plan:
@@ -103,8 +103,8 @@ def _power_of_two(value: int, low: int, high: int) -> int:
 def keeping(plan: Plan, shape: Shape) -> Plan:
     """``plan`` with ``keep`` on where what both GEMMs write is small (16-bit elements), and off elsewhere.
 
-    A rule, because ``tune`` cannot tell: what is kept outlives its flush, so that a repeated call finds more than a
-    layer does. Measured in graphs of layers (``bench_fused_moe --layers``).
+    All M * K pairs are counted, whoever has them. A rule, because ``tune`` cannot tell: what is kept outlives its
+    flush, so that a repeated call finds more than a layer does. From graphs of layers (``bench_fused_moe --layers``).
     """
     keep = 2 * shape.tokens * shape.top_k * (shape.hidden + shape.inner) <= KEPT_BYTES
     return replace(plan, gate_up=replace(plan.gate_up, keep=keep), down=replace(plan.down, keep=keep))
@@ -166,14 +166,14 @@ def table_name(gpu: str) -> str:
 def choose_plan(shape: Shape, gpu: str, batch_invariant: bool = False) -> Plan:
     """The tuned plan of the nearest token count above (or the largest below, if for many rows), else the default.
 
-    ``batch_invariant`` takes it where it has the bits of ``invariant_plan``: by measurement, or as its tiles have the
-    weights as left operand.
+    ``batch_invariant`` takes it where it has the bits of ``invariant_plan``: by measurement, or, if nobody measured it,
+    as its tiles have the weights as left operand.
     """
     plan = _tuned_plan(shape, gpu)
     if not batch_invariant:
         return plan or default_plan(shape)
     fixed = invariant_plan(shape)
-    if plan is None or not (plan.tma and _streamed(shape)):
+    if plan is None or plan.invariant is False or not (plan.tma and _streamed(shape)):
         return fixed
     return plan if plan.invariant else _weights_left(plan, fixed)
 
@@ -198,4 +198,6 @@ def _tuned_plan(shape: Shape, gpu: str) -> Plan | None:
     counts = sorted(map(int, tuned))
     nearest = next((count for count in counts if count >= shape.tokens), counts[-1])
     plan = Plan.from_json(tuned[str(nearest)])
-    return plan if nearest >= shape.tokens or plan.gate_up.block_m >= TALLEST_BLOCK else None
+    if nearest >= shape.tokens:
+        return plan
+    return keeping(plan, shape) if plan.gate_up.block_m >= TALLEST_BLOCK else None

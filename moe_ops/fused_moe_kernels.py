@@ -1,4 +1,4 @@
-"""Device code that both regimes of ``fused_moe`` share: one expert's tile of either projection."""
+"""Device code that ``fused_moe`` for few and for many rows shares: one expert's tile of either projection."""
 
 from __future__ import annotations
 

@@ -223,11 +223,14 @@ class Tuner:
         plan = self.decide(usable, rounds)
         return plan, self.results[plan]
 
-    def has_invariant_bits(self, plan: Plan) -> bool:
-        """Whether ``plan`` adds up in the order of ``invariant_plan``. Changes the layer: the last thing to ask."""
+    def has_invariant_bits(self, plan: Plan) -> bool | None:
+        """Whether ``plan`` adds up in the order of ``invariant_plan``, None where that one does not run on this GPU.
+
+        Of this count; that ``invariant_plan`` adds alike for all counts is its design. Changes the layer: ask it last.
+        """
         fixed = invariant_plan(self.shape)
         if not self._compiles(fixed):
-            return False
+            return None
         make_order_tell(self.hidden, self.gate_up, self.down)
         return torch.equal(self.call(plan), self.call(fixed))
 

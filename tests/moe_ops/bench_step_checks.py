@@ -45,7 +45,7 @@ def tuner(monkeypatch):
 
 
 def test_a_graph_of_layers_reads_more_than_l2_holds_and_is_right(tuner):
-    calls = moe_layers.calls_of(tuner, None)
+    calls = moe_layers.calls_of(tuner)
     assert len(calls) == 6
     assert len({gate_up.data_ptr() for gate_up, _ in moe_layers.layers_of(tuner)}) == 6
     moe_layers.check("a point", tuner, calls)
@@ -53,7 +53,7 @@ def test_a_graph_of_layers_reads_more_than_l2_holds_and_is_right(tuner):
 
 @pytest.mark.parametrize("place", [0, 5])
 def test_a_wrong_layer_is_not_timed(tuner, place):
-    calls = moe_layers.calls_of(tuner, None)
+    calls = moe_layers.calls_of(tuner)
     right = calls[place]
     calls[place] = lambda: 1.02 * right()
     with pytest.raises(AssertionError, match=f"layer {place}: relative error"):

@@ -49,7 +49,7 @@ def test_another_order_would_show():
     back = launch_fused_moe(hidden.flip(1), ids, weights, gate_up.flip(2).contiguous(), down, *rest)
     inner = gate_up.unflatten(1, (2, -1)).flip(2).flatten(1, 2)
     other = launch_fused_moe(hidden, ids, weights, inner, down.flip(2).contiguous(), *rest)
-    assert min(_unequal(one, back), _unequal(one, other)) > 0.1
+    assert torch.isfinite(one).all() and min(_unequal(one, back), _unequal(one, other)) > 0.1
 
 
 # Hints of which ``default_plan`` makes four kinds of plan, for 8 experts and K 4.

@@ -14,7 +14,8 @@ _COLUMNS = 16  # of bf16 or fp16, that one instruction adds to an fp32 accumulat
 def _product(builder: Any, left: Any, right: Any, acc: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     """``acc + left @ right``, 16 columns at a time from the first on; 16 products are added up exactly.
 
-    numpy's order depends on the sizes of both, an instruction's does not.
+    numpy's order depends on the sizes of both, an instruction's does not. (Any divisor of a tile's depth would prove as
+    much of a kernel: that its elements are chains. How many an instruction adds is the GPU's.)
     """
     total = acc.data
     for k in range(0, left.data.shape[-1], _COLUMNS):

@@ -95,6 +95,15 @@ def test_a_wrong_step_is_not_timed_even_if_it_is_the_last(steps, make, spoil, me
     assert timer.timed == 0
 
 
+def test_a_layer_takes_its_share_of_a_graph_that_nothing_is_written_before(steps):
+    """Of which ``Counter`` makes sure; the replays that settle the clock do not count."""
+    layers, timer, made = importlib.import_module("moe_layers"), Counter(), []
+    assert layers.us_of_a_layer([lambda: made.append(1), lambda: made.append(2)], timer, 3) == timer.timed / 2 == 0.5
+    assert made == [1, 2]
+    late = SimpleNamespace(samples=lambda call, repeats, flush: [9.0] * (repeats - 3) + [4.0] * 3)
+    assert layers.us_of_a_layer([lambda: None] * 2, late, 3) == 2.0
+
+
 def test_kernels_in_the_interpreter():
     run_checks("bench_step_checks.py", interpret=True)
 

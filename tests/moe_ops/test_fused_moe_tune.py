@@ -12,7 +12,7 @@ import torch
 
 from moe_ops import fused_moe_config, fused_moe_tune
 from moe_ops.errors import ArgumentError
-from moe_ops.fused_moe_config import Plan, Shape, Tiles, choose_plan, default_plan, invariant_plan
+from moe_ops.fused_moe_config import Plan, Shape, Tiles, choose_plan, default_plan, invariant_plan, keeping
 from moe_ops.fused_moe_tune import Tuner, launching_variants, neighbours, save_plan, starting_plans
 from moe_ops.random_layer import Answer, random_layer
 
@@ -84,26 +84,36 @@ def test_what_does_not_compile_is_not_timed(monkeypatch):
 def test_batch_invariant_mode_changes_only_tiles_with_the_weights_on_the_right(monkeypatch):
     """Of a tuned plan for few rows; for many rows, whose two GEMMs share the height of blocks, it has its own plan.
 
-    None, where the plan was found to have the bits all the same.
+    Unless the plan was found to have the bits all the same, or not to have them.
     """
-    right, left = Tiles(16, 16, 256, 4, 5), Tiles(16, 64, 256, 4, 5, swap=True)
+    right, left = Tiles(32, 16, 256, 4, 5), Tiles(16, 64, 256, 4, 5, swap=True)
     few, many = Plan(right, left, pairs=16, prefetch=65536, slots=2), Plan(replace(right, block_m=64), left)
     table = {FEW.key(): {"4": few.to_json(), "512": many.to_json()}}
     monkeypatch.setattr(fused_moe_config, "load_table", lambda gpu: table)
     assert choose_plan(FEW, "some GPU") == few
-    swapped = replace(invariant_plan(FEW).gate_up, block_m=16)
+    swapped = replace(invariant_plan(FEW).gate_up, block_m=32)
     assert swapped.swap and choose_plan(FEW, "some GPU", True) == replace(few, gate_up=swapped)
     assert choose_plan(MANY, "some GPU", True) == invariant_plan(MANY)
     table[FEW.key()] = {"512": many.to_json() | {"invariant": True}}
     assert choose_plan(MANY, "some GPU", True) == replace(many, invariant=True)
+    table[FEW.key()]["4"] = Plan(left, left, pairs=16, invariant=False).to_json()
+    assert choose_plan(FEW, "some GPU", True) == invariant_plan(FEW)
+    table[FEW.key()]["4"] = Plan(left, left, pairs=16, tma=False, invariant=True).to_json()
+    assert choose_plan(FEW, "some GPU", True) == invariant_plan(FEW)
     odd = replace(MANY, hidden=60)  # no bulk copies: the table was measured with them
     table[odd.key()] = table[FEW.key()]
     assert choose_plan(odd, "some GPU", True) == invariant_plan(odd)
 
 
+def test_weights_that_bulk_copies_cannot_read_have_one_tile_of_16_rows_for_all_counts():
+    plans = [invariant_plan(replace(FEW, hidden=60, tokens=tokens)) for tokens in (1, 64, 65, 8192)]
+    assert len({(plan.gate_up, plan.down) for plan in plans}) == 1 and plans[0].pairs and not plans[-1].pairs
+    assert plans[0].gate_up.block_m == plans[0].down.block_m == 16
+
+
 @pytest.mark.parametrize("case", ["equal", "other bits", "does not fit"])
 def test_the_table_says_whether_a_plan_has_the_bits_of_batch_invariant_mode(monkeypatch, case):
-    """Asked with products that cancel; no, where the plan of that mode does not run on this GPU."""
+    """Asked with products that cancel; None, where the plan of that mode does not run on this GPU."""
     search = tuner(FEW, Clock(monkeypatch, lambda plan: 9.0, lambda plan: 0.0))
     plan, fixed, asked = replace(default_plan(FEW), pdl=False), invariant_plan(FEW), []
 
@@ -115,7 +125,7 @@ def test_the_table_says_whether_a_plan_has_the_bits_of_batch_invariant_mode(monk
         return torch.full((4,), float(case == "other bits" and plan != fixed))
 
     monkeypatch.setattr(fused_moe_tune, "launch_fused_moe", launch)
-    assert search.has_invariant_bits(plan) == (case == "equal")
+    assert search.has_invariant_bits(plan) is {"equal": True, "other bits": False}.get(case)
     assert asked == ([] if case == "does not fit" else [(plan, True, 0.0), (fixed, True, 0.0)])
 
 
@@ -245,4 +255,6 @@ def test_a_count_takes_the_plan_of_the_next_measured_one(monkeypatch):
     chosen = [choose_plan(shape(tokens), "some GPU") for tokens in (1, 4, 5, 64, 65)]
     assert chosen == [few, few, short, short, default_plan(shape(65))]
     table["64"] = tall
-    assert tall.gate_up.block_m == 128 and choose_plan(shape(65), "some GPU") == tall
+    assert tall.gate_up.block_m == 128 and choose_plan(shape(65), "some GPU") == keeping(tall, shape(65))
+    table["64"] = keeping(tall, FEW)
+    assert table["64"].down.keep and not choose_plan(shape(10**6), "some GPU").down.keep

@@ -98,10 +98,17 @@ def test_batch_invariant_mode_costs_nothing_at_the_points_of_the_table():
     assert all(choose_plan(shape, GPU, batch_invariant=True) == plan for shape, plan in PLANS.values())
 
 
-@pytest.mark.parametrize(("point", "keep"), [("E128-K8-H2048-I768 T=16", True), ("E128-K4-H2880-I2880 T=512", False)])
-def test_l2_is_asked_to_keep_what_the_next_kernel_reads(point, keep):
-    """Of all that a call launches the stores of the two GEMMs alone."""
-    for launch in launches(*PLANS[point]):
+@pytest.mark.parametrize(
+    ("point", "keep", "lone"),
+    [
+        ("E128-K8-H2048-I768 T=16", True, False), ("E128-K4-H2880-I2880 T=512", False, False),
+        ("E128-K8-H2048-I768 T=2048", True, False), ("E16-K8-H2048-I768 T=2048", True, True),
+    ],
+)  # fmt: skip
+def test_l2_is_asked_to_keep_what_the_next_kernel_reads(point, keep, lone):
+    """Of all that a call launches the stores of the GEMMs alone; with few rows, many, of a last round and lone ones."""
+    shape, plan = PLANS[point]
+    for launch in launches(shape, replace(plan, lone=lone)):
         asked = "st.global.L1::evict_last.L2::cache_hint" in launch.compiled().asm["ptx"]
         assert asked == (keep and launch.kernel.startswith(("gate_up", "down"))), launch.kernel
 
