@@ -22,8 +22,7 @@ class Tiles:
     ``swap`` makes the weights the left operand of the tensor cores (bulk copies only): for few rows.
     ``block_m = WIDE_ROWS`` (many rows, both GEMMs): see ``fused_moe_wide_kernels``; where they do not suit, 128 rows.
     ``flat`` (many rows) runs all tiles of a program as one pipelined loop. ``special`` (many rows, second GEMM, bulk
-    copies) gives loads, and each half of ``block_m = 128``, warps of their own, ``num_warps`` each. ``keep`` (blocks
-    of powers of two) asks L2 to evict other lines before those that the GEMM writes and the next kernel reads.
+    copies) gives loads, and each half of ``block_m = 128``, warps of their own, ``num_warps`` each.
     """
 
     block_m: int
@@ -34,7 +33,6 @@ class Tiles:
     swap: bool = False
     flat: bool = False
     special: bool = False
-    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class Plan:
     ``slots`` (few rows): programs for each tile, about as many as there are local pairs; more pairs are looped over.
     0: one for each pair of a chunk, or for each expert where these are fewer.
     ``lone`` (many rows): the second GEMM writes rows with one local pair to the result where it can.
+    ``keep`` (blocks of powers of two) asks L2 to evict other lines before those that a GEMM writes and the next kernel
+    reads.
     ``invariant``: whether ``moe-ep tune`` found that it gives the bits of ``invariant_plan``; None: it was not asked.
     """
 
@@ -64,6 +64,7 @@ class Plan:
     prefetch: int = 0
     slots: int = 0
     lone: bool = False
+    keep: bool = False
     invariant: bool | None = None
 
     @staticmethod
@@ -106,8 +107,7 @@ def keeping(plan: Plan, shape: Shape) -> Plan:
     All M * K pairs are counted, whoever has them. A rule, because ``tune`` cannot tell: what is kept outlives its
     flush, so that a repeated call finds more than a layer does. From graphs of layers (``bench_fused_moe --layers``).
     """
-    keep = 2 * shape.tokens * shape.top_k * (shape.hidden + shape.inner) <= KEPT_BYTES
-    return replace(plan, gate_up=replace(plan.gate_up, keep=keep), down=replace(plan.down, keep=keep))
+    return replace(plan, keep=2 * shape.tokens * shape.top_k * (shape.hidden + shape.inner) <= KEPT_BYTES)
 
 
 def default_plan(shape: Shape) -> Plan:

@@ -80,7 +80,7 @@ def _weights(weight: Tensor, parts: int, transposed: bool, tiles: Tiles, tma: bo
         source = weight
     return source, {
         "TMA": tma, "SWAP": tma and tiles.swap, "EVEN_K": depth % tiles.block_k == 0,
-        "BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k, "KEEP": tiles.keep,
+        "BLOCK_M": tiles.block_m, "BLOCK_K": tiles.block_k,
         "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
     }  # fmt: skip
 
@@ -93,7 +93,7 @@ def _gate_up(problem: Problem, plan: Plan) -> tuple[Any, dict[str, Any]]:
     return source, args | {
         "ACT": form.activation, "GATED": form.gated, "TRANSPOSED": form.transposed, "INTERLEAVED": form.interleaved,
         "HAS_BIAS": problem.gate_up_bias is not None, "HAS_LIMIT": form.limit is not None,
-        "TOP_K": problem.topk_ids.shape[1], "BLOCK_N": tiles.block_n,
+        "TOP_K": problem.topk_ids.shape[1], "BLOCK_N": tiles.block_n, "KEEP": plan.keep,
     }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def _down(problem: Problem, plan: Plan) -> tuple[Any, dict[str, Any]]:
     source, args = _weights(problem.down, 1, problem.form.transposed, plan.down, plan.tma)
     has_bias = problem.down_bias is not None
     return source, args | {
-        "TRANSPOSED": problem.form.transposed, "HAS_BIAS": has_bias, "BLOCK_N": plan.down.block_n
+        "TRANSPOSED": problem.form.transposed, "HAS_BIAS": has_bias, "BLOCK_N": plan.down.block_n, "KEEP": plan.keep
     }  # fmt: skip
 
 
@@ -155,12 +155,11 @@ def _power_of_two_rows(tiles: Tiles) -> Tiles:
 def _parts(plan: Plan) -> Plan:
     """Tiles of the kernels that do what a last round leaves: half the columns, or quarters, two programs an SM."""
     rows, warps, stages = (1, 8, 6) if plan.rest == 2 else (2, 4, 4)
-
-    def part(whole: Tiles) -> Tiles:
-        sizes = whole.block_m // rows, whole.block_n // 2, 64, warps, stages
-        return Tiles(*sizes, swap=whole.swap, keep=whole.keep)
-
-    return replace(plan, gate_up=part(plan.gate_up), down=part(plan.down))
+    gate_up, down = (
+        Tiles(tiles.block_m // rows, tiles.block_n // 2, 64, num_warps=warps, num_stages=stages, swap=tiles.swap)
+        for tiles in (plan.gate_up, plan.down)
+    )
+    return replace(plan, gate_up=gate_up, down=down)
 
 
 def _run_many(problem: Problem, plan: Plan, pairs: Tensor, sms: int, lone: bool) -> None:

@@ -129,10 +129,9 @@ def neighbours(plan: Plan, which: str) -> Iterator[Plan]:
         candidates = _wide_tiles(parts)
     else:
         candidates = _few_tiles(rows, parts) if plan.pairs or rows < 64 else _many_tiles(rows, parts)
-    keep = getattr(plan, which).keep
     for tiles in candidates:
         if _fits(tiles, parts):
-            yield replace(plan, **{which: replace(tiles, keep=keep)})
+            yield replace(plan, **{which: tiles})
 
 
 def launching_variants(plan: Plan) -> Iterator[Plan]:

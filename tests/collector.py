@@ -1,6 +1,7 @@
 """Python's garbage collector where tests compile: a tenth of the seconds went into it.
 
-What imports have made stays, and there is much of it (torch, transformers): it is not looked at again.
+What imports have made stays, and there is much of it (torch, transformers): it is not looked at again. How often the
+rest is, ``tests/startup`` says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ def look_at_new_things_only() -> None:
     """From now on, and in forks of this process."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
     atexit.register(gc.unfreeze)  # else libraries count as leaks, at exit, what only ends here
 
 

@@ -129,7 +129,7 @@ def test_what_a_plan_asks_for_reaches_its_kernels(point):
             continue
         given = {launch.source.fn.arg_names[at[0]]: value for at, value in launch.source.constants.items()}
         tiles = plan.gate_up if launch.kernel.startswith("gate_up") else plan.down
-        wanted = {"PDL": plan.pdl, "SWAP": tiles.swap, "TMA": plan.tma, "GROUP": plan.group, "KEEP": tiles.keep}
+        wanted = {"PDL": plan.pdl, "SWAP": tiles.swap, "TMA": plan.tma, "GROUP": plan.group, "KEEP": plan.keep}
         wanted |= {"PREFETCH": plan.prefetch}
         if "rest" not in launch.kernel:
             wanted |= {"FLAT": tiles.flat, "SPECIAL": tiles.special, "WHOLE": plan.rest > 0, "BLOCK_N": tiles.block_n}
