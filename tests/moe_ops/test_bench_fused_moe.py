@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_ops.align import align_block_size
+from moe_ops.graph_timer import GraphTimer
 from moe_ops.moe_reference import fused_moe_reference
 from moe_ops.random_layer import MAX_ERROR
 from moe_ops.topk_sum import topk_sum_reference
@@ -102,6 +103,20 @@ def test_a_layer_takes_its_share_of_a_graph_that_nothing_is_written_before(steps
     assert made == [1, 2]
     late = SimpleNamespace(samples=lambda call, repeats, flush: [9.0] * (repeats - 3) + [4.0] * 3)
     assert layers.us_of_a_layer([lambda: None] * 2, late, 3) == 2.0
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_l2_is_flushed_before_every_replay_but_of_what_reads_enough_itself(monkeypatch, flush):
+    """In turns; the flush is before the first event, so that it is not timed."""
+    timer, done = object.__new__(GraphTimer), []
+    event = SimpleNamespace(record=lambda: done.append("event"), elapsed_time=lambda end: 0.002)
+    monkeypatch.setattr(GraphTimer, "flush", lambda timer: done.append("flush"))
+    monkeypatch.setattr(GraphTimer, "_captured", staticmethod(lambda call: SimpleNamespace(replay=call)))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = [lambda: done.append("a"), lambda: done.append("b")]
+    assert timer.in_turns(calls, 2, flush) == [[2.0, 2.0], [2.0, 2.0]]
+    assert done == [what for name in "abab" for what in ["flush"] * flush + ["event", name, "event"]]
 
 
 def test_kernels_in_the_interpreter():
