@@ -15,11 +15,13 @@ from moe_ops.random_layer import MAX_ERROR, Answer
 
 
 def tuner_of(layer: LayerShape, tokens: int, timer: GraphTimer) -> Tuner:
+    """Random weights and routing of ``tokens`` rows, on the GPU."""
     shape = Shape(layer.local_experts, layer.top_k, layer.hidden, layer.inner, tokens)
     return Tuner(shape, layer.experts, timer, torch.device("cuda"))
 
 
 def floor_of(layer: LayerShape, tuner: Tuner) -> float:
+    """``LayerShape.floor_us`` of the routing that ``tuner`` has."""
     local = tuner.ids[tuner.ids < layer.local_experts]
     return layer.floor_us(tuner.shape.tokens, local.numel(), local.unique().numel())
 

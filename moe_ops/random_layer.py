@@ -45,8 +45,8 @@ def random_layer(
 def make_order_tell(hidden: Tensor, gate_up: Tensor, down: Tensor) -> None:
     """Change the first and last columns so that another order of additions changes bits: large products that cancel.
 
-    ``hidden (M, H)``, ``gate_up (E_l, 2I, H)`` with gate and up one after the other, ``down (E_l, H, I)``. Half of a
-    result's 8 bits are lost to the large ones; which half depends on what was added to what.
+    ``hidden (M, H)``, ``gate_up (E_l, 2I, H)`` with gate and up one after the other, ``down (E_l, H, I)``. Every sum in
+    between is rounded where the large ones have their last bits; so how it rounds reaches the small result.
     """
     inner = down.shape[2]
     hidden[:, 0], hidden[:, -1] = _LARGE, -_LARGE
